@@ -38,6 +38,36 @@ _SPARE = 0.75
 _LISTED = 6
 """The largest number of heads that a suggestion lists."""
 
+_SHRINKS = frozenset(
+    {
+        "BambaMixer",
+        "FalconH1Mixer",
+        "FalconMambaMixer",
+        "GLAS6",
+        "GatedDeltaNet",
+        "GatedLinearAttention",
+        "GraniteMoeHybridMambaLayer",
+        "JambaMambaMixer",
+        "LinearAttention",
+        "Mamba2Mixer",
+        "MambaMixer",
+        "NemotronHMamba2Mixer",
+        "OlmoHybridGatedDeltaNet",
+        "Qwen3NextGatedDeltaNet",
+        "Qwen3_5GatedDeltaNet",
+        "Qwen3_5MoeGatedDeltaNet",
+        "Qwen4ExpTextGatedDeltaNet",
+        "S6",
+        "WeightedLinearAttention",
+        "Zamba2MambaMixer",
+        "ZambaMambaMixer",
+    }
+)
+"""Classes of layers whose states `gramian shrink` makes smaller.
+
+`gramian.shrinking` defines them, which lies above this package; a test compares both.
+"""
+
 _NOTE = (
     "An ESS says about how many numbers for each value channel carry the memory, not which. "
     "Measure the loss of a changed model before you keep it."
@@ -249,7 +279,10 @@ def _recurrence(measured: _Measured, share: float) -> _Suggestion:
     text = f"Its ESS reaches only {peak:.1f} of {state:,} states."
     if share < _SMALL:
         text += " Gates that forget too fast are the usual reason."
-    return _smaller_states(measured, f"{text} Fewer states may do")
+    what = "Fewer states may do"
+    if measured.layer.mixer in _SHRINKS:
+        what += ", and `gramian shrink` chooses them"
+    return _smaller_states(measured, f"{text} {what}")
 
 
 def _convolution(measured: _Measured, share: float) -> _Suggestion:

@@ -50,6 +50,14 @@ _PerLayer = Annotated[
     bool,
     typer.Option("--per-layer", help="Let layers have different sizes (Gramian models only)."),
 ]
+_Projection = Annotated[
+    bool,
+    typer.Option(
+        "--projection",
+        help="Project the states, by maps of keys and queries (Gramian models with one gate per "
+        "head and step only).",
+    ),
+]
 _Multiple = Annotated[
     int | None,
     typer.Option(min=1, help="Number of which sizes are multiples (default: what kernels need)."),
@@ -89,6 +97,7 @@ def shrink(
     keep: _Keep = None,
     max_increase: _MaxIncrease = None,
     per_layer: _PerLayer = False,
+    projection: _Projection = False,
     multiple: _Multiple = None,
     context: _Context = None,
     max_tokens: _MaxTokens = 32_768,
@@ -131,6 +140,7 @@ def shrink(
                 keep=share,
                 max_increase=budget,
                 per_layer=per_layer,
+                projection=projection,
                 multiple=multiple,
                 context=context,
                 max_tokens=max_tokens,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gramian._json import to_json
+from gramian._tables import rich_table, text_table
 from gramian.memory.correlation import rank_correlation
 
 if TYPE_CHECKING:
@@ -247,22 +248,10 @@ class DistillationReport:
         return to_json(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        rows = [_COLUMNS, *(_row(layer) for layer in self.layers)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-        lines = [
-            "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows
-        ]
-        return "\n".join([*lines, self.summary])
+        return text_table(_COLUMNS, map(_row, self.layers), self.summary)
 
     def __rich__(self) -> Table:
-        from rich.table import Table
-
-        table = Table(caption=self.summary, caption_justify="left", caption_style="")
-        for column in _COLUMNS:
-            table.add_column(column, justify="right")
-        for layer in self.layers:
-            table.add_row(*_row(layer))
-        return table
+        return rich_table(_COLUMNS, map(_row, self.layers), self.summary)
 
     @property
     def summary(self) -> str:

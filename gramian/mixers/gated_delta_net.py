@@ -80,12 +80,17 @@ class GatedDeltaNet(LinearAttention):
         short_kernel: int = 4,
     ) -> None:
         check_sizes(heads=heads)
-        self._build(width, heads, state_size, value_width, short_kernel, "silu", 2 * heads)
+        sizes = state_size, value_width, None
+        self._build(width, heads, sizes, short_kernel, "silu", 2 * heads)
         self.dynamics = _DeltaDynamics(heads)
+
+    @property
+    def scalar_gates(self) -> bool:
+        return False
 
     def config(self) -> dict[str, Any]:
         own = super().config()
-        del own["feature_map"]  # always SiLU
+        del own["feature_map"], own["feature_size"]  # always SiLU, without a map
         return own
 
     def _read(self, mixed: Tensor, rest: Tensor) -> tuple[Coefficients, Tensor]:

@@ -23,10 +23,10 @@ __all__ = ["GatedLinearAttention"]
 class _SigmoidGates(Dynamics):
     """The bias and the temperature of the gates `σ(logits + bias)^(1 / temperature)`."""
 
-    def __init__(self, heads: int, state_size: int, temperature: float) -> None:
+    def __init__(self, heads: int, gates: int, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
-        self.bias = nn.Parameter(torch.empty(heads, state_size))
+        self.bias = nn.Parameter(torch.empty(heads, gates))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -39,7 +39,7 @@ class _SigmoidGates(Dynamics):
         self.bias.add_(amount.unsqueeze(-1))
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Compute the gates from logits (batch, length, heads, n), in the same shape."""
+        """Compute the gates from logits (batch, length, heads, gates), in the same shape."""
         return powered_sigmoid(logits.to(self.bias.dtype) + self.bias, self.temperature)
 
 
@@ -52,6 +52,7 @@ class GatedLinearAttention(LinearAttention):
             `LinearAttention`.
         temperature: τ of the gates, positive. With a high temperature the gates start near 1.
         gate_rank: Rank of the map from the input to the gates.
+        head_gates: Whether the rows of a head's memory share one gate in each step.
 
     Raises:
         ValueError: if an argument is invalid for `LinearAttention`, if the temperature is not
@@ -67,20 +68,33 @@ class GatedLinearAttention(LinearAttention):
         *,
         short_kernel: int = 3,
         feature_map: str = "identity",
+        feature_size: int | None = None,
         temperature: float = 16.0,
         gate_rank: int = 16,
+        head_gates: bool = False,
     ) -> None:
         if not temperature > 0:
             raise ValueError(f"temperature must be positive; got {temperature!r}.")
         check_sizes(gate_rank=gate_rank)
-        self._build(width, heads, state_size, value_width, short_kernel, feature_map, gate_rank)
-        self.gate_proj = Linear(gate_rank, heads * self.state_size, bias=False)
-        self.dynamics = _SigmoidGates(heads, self.state_size, temperature)
+        sizes = state_size, value_width, feature_size
+        self._build(width, heads, sizes, short_kernel, feature_map, gate_rank)
+        self.head_gates = head_gates
+        gates = 1 if head_gates else self.state_size
+        self.gate_proj = Linear(gate_rank, heads * gates, bias=False)
+        self.dynamics = _SigmoidGates(heads, gates, temperature)
+
+    @property
+    def scalar_gates(self) -> bool:
+        return self.head_gates
 
     def config(self) -> dict[str, Any]:
-        own = {"temperature": self.dynamics.temperature, "gate_rank": self.gate_features}
+        own = {
+            "temperature": self.dynamics.temperature,
+            "gate_rank": self.gate_features,
+            "head_gates": self.head_gates,
+        }
         return super().config() | own
 
     def _gates(self, features: Tensor) -> Tensor:
-        logits = self.gate_proj(features).unflatten(-1, (self.heads, self.state_size))
+        logits = self.gate_proj(features).unflatten(-1, (self.heads, -1))
         return self.dynamics(logits).transpose(1, 2)

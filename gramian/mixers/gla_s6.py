@@ -81,14 +81,20 @@ class GLAS6(LinearAttention):
         *,
         short_kernel: int = 3,
         feature_map: str = "identity",
+        feature_size: int | None = None,
         normalization: float | None = None,
     ) -> None:
         if normalization is not None and not normalization > 0:
             raise ValueError(f"normalization must be positive or None; got {normalization!r}.")
         check_sizes(heads=heads)
-        self._build(width, heads, state_size, value_width, short_kernel, feature_map, heads)
+        sizes = state_size, value_width, feature_size
+        self._build(width, heads, sizes, short_kernel, feature_map, heads)
         c = self.state_size if normalization is None else normalization
         self.dynamics = _NormalizedDynamics(heads, self.state_size, c)
+
+    @property
+    def scalar_gates(self) -> bool:
+        return False
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"normalization": self.dynamics.normalization}
@@ -96,6 +102,6 @@ class GLAS6(LinearAttention):
     def _read(self, mixed: Tensor, rest: Tensor) -> tuple[Coefficients, Tensor]:
         dt, a = self.dynamics(rest[..., : self.gate_features])
         q, k, v = self._qkv(mixed)
-        q, k = self._mapped(q, k)
+        q, k = self.map_features(q, k)
         k = dt * k
         return Coefficients(a, k, a * q, (q * k).sum(-1)), v

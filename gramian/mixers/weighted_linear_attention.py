@@ -2,8 +2,8 @@ r"""Weighted linear attention: `S_t = diag(a) S_{t-1} + k_t v_tᵀ`, with input-
 
 This mixer is called WLA in arXiv 2504.19561. Linear attention never forgets, and gated linear
 attention computes its gates from the input. Weighted linear attention learns gates that do not
-depend on the input, one for each row of a head's memory. RetNet (Sun et al. 2023) is the special
-case of one fixed gate per head.
+depend on the input, one for each row of a head's memory. RetNet (Sun et al. 2023) and lightning
+attention (Qin et al. 2024) are the special case of one fixed gate per head.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ __all__ = ["WeightedLinearAttention"]
 class _InvariantGates(Dynamics):
     """The parameters of gates that are the same for every input and every step."""
 
-    def __init__(self, heads: int, state_size: int, temperature: float) -> None:
+    def __init__(self, heads: int, gates: int, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
-        self.logits = nn.Parameter(torch.empty(heads, state_size))
+        self.logits = nn.Parameter(torch.empty(heads, gates))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -42,7 +42,7 @@ class _InvariantGates(Dynamics):
         self.logits.add_(amount.unsqueeze(-1))
 
     def forward(self) -> Tensor:
-        """Return the gates, (heads, 1, n)."""
+        """Return the gates, (heads, 1, n), or (heads, 1, 1) if a head has one gate."""
         return powered_sigmoid(self.logits, self.temperature).unsqueeze(1)
 
 
@@ -54,6 +54,7 @@ class WeightedLinearAttention(LinearAttention):
         width: Channels of input and output. All arguments that are not listed here are as in
             `LinearAttention`.
         temperature: τ of the gates, positive. With a high temperature the gates start near 1.
+        head_gates: Whether the rows of a head's memory share one gate, as in RetNet.
 
     Raises:
         ValueError: if an argument is invalid for `LinearAttention`, or if the temperature is not
@@ -69,15 +70,24 @@ class WeightedLinearAttention(LinearAttention):
         *,
         short_kernel: int = 3,
         feature_map: str = "identity",
+        feature_size: int | None = None,
         temperature: float = 16.0,
+        head_gates: bool = False,
     ) -> None:
         if not temperature > 0:
             raise ValueError(f"temperature must be positive; got {temperature!r}.")
-        self._build(width, heads, state_size, value_width, short_kernel, feature_map, 0)
-        self.dynamics = _InvariantGates(heads, self.state_size, temperature)
+        sizes = state_size, value_width, feature_size
+        self._build(width, heads, sizes, short_kernel, feature_map, 0)
+        self.head_gates = head_gates
+        self.dynamics = _InvariantGates(heads, 1 if head_gates else self.state_size, temperature)
+
+    @property
+    def scalar_gates(self) -> bool:
+        return self.head_gates
 
     def config(self) -> dict[str, Any]:
-        return super().config() | {"temperature": self.dynamics.temperature}
+        own = {"temperature": self.dynamics.temperature, "head_gates": self.head_gates}
+        return super().config() | own
 
     def _gates(self, features: Tensor) -> Tensor:
         return self.dynamics()

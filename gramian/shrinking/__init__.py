@@ -5,8 +5,17 @@ layer's outputs on a text least, and folds the choice into the weights. The resu
 same class with a smaller state in its configuration.
 """
 
+from gramian.shrinking._projection import Projection
 from gramian.shrinking._recovery import Recovery
 from gramian.shrinking._report import LayerShrinkage, ShrinkRecovery, ShrinkReport, ShrinkTrial
 from gramian.shrinking._shrink import shrink
 
-__all__ = ["LayerShrinkage", "Recovery", "ShrinkRecovery", "ShrinkReport", "ShrinkTrial", "shrink"]
+__all__ = [
+    "LayerShrinkage",
+    "Projection",
+    "Recovery",
+    "ShrinkRecovery",
+    "ShrinkReport",
+    "ShrinkTrial",
+    "shrink",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from gramian.shrinking._elimination import eliminate
 from gramian.shrinking._family import Layer
 from gramian.shrinking._passes import Importance
 
-__all__ = ["Choices", "Plan"]
+__all__ = ["Choices", "Plan", "count_within"]
 
 Plan = dict[str, int]
 """The number of states to keep, by the path of the layer."""
@@ -154,3 +154,25 @@ class Choices:
     def _at_least(self, layer: Layer, size: float) -> int:
         step = self.step(layer)
         return min(layer.shape.states, step * math.ceil((size - 1e-9) / step))
+
+
+def count_within(count: int, within: Callable[[int], bool], guess: int | None = None) -> int:
+    """Return how many of some plans are within a budget, by bisection.
+
+    Args:
+        count: number of plans. If one is within the budget, those before it count as being so.
+        within: function of the index of a plan. The last call that is true is that of the last plan
+            within the budget.
+        guess: the expected result. The plans on both sides of it are tried first.
+    """
+    low, high = 0, count  # plans before `low` are within the budget, those from `high` are not
+    near = 0 if guess is None else 2
+    while low < high:
+        at = (low + high) // 2
+        if guess is not None and near:
+            at, near = (low if low >= guess else min(guess, high) - 1), near - 1
+        if within(at):
+            low = at + 1
+        else:
+            high = at
+    return low

@@ -60,6 +60,8 @@ class Family(abc.ABC):
         per_layer: whether the configuration may have a size for each layer.
         fused: names of a layer's linear maps whose weights fused kernels read by themselves, so
             that they do not see an adapter.
+        maps: whether layers can hold linear maps of keys and queries, so that their states can be
+            projected.
     """
 
     layers: dict[str, str]
@@ -67,10 +69,28 @@ class Family(abc.ABC):
     note: str = ""
     per_layer: bool = False
     fused: tuple[str, ...] = ()
+    maps: bool = False
 
     def refusal(self, layer: nn.Module) -> str | None:
         """Return why the state of a layer cannot be made smaller, or None if it can."""
         return None
+
+    def commutes(self, layer: Any) -> bool:
+        """Return whether a gate per head and step multiplies the whole state of a layer.
+
+        Such a state may have any basis. The layer has one call of the scan.
+        """
+        return False
+
+    def project(self, layer: Any, keys: Tensor, queries: Tensor) -> dict[str, Tensor]:
+        """Return the tensors that change if the state is projected, by their names in the layer.
+
+        Args:
+            layer: a layer whose family has `maps`.
+            keys: T_l of every group, (groups, r, n), which multiplies keys.
+            queries: T_rᵀ of every group, likewise.
+        """
+        raise NotImplementedError
 
     @abc.abstractmethod
     def shape(self, layer: Any) -> Shape:
@@ -98,13 +118,20 @@ class Family(abc.ABC):
             energies: mean squares of the keys and of the queries on the text, (groups, n) each.
         """
 
-    def set_sizes(self, config: Any, sizes: dict[int, int], layers: dict[int, nn.Module]) -> None:
+    def set_sizes(
+        self,
+        config: Any,
+        sizes: dict[int, int],
+        layers: dict[int, nn.Module],
+        projected: bool = False,
+    ) -> None:
         """Write the numbers of states into a configuration.
 
         Args:
             config: the configuration, which is changed.
             sizes: the number of states of each layer, by the order of the layers.
             layers: the layers that had other sizes.
+            projected: whether linear maps take keys and queries to these sizes.
         """
         for index, layer in layers.items():
             setattr(config.get_text_config(), self.field(layer), sizes[index])

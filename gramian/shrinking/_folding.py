@@ -30,7 +30,8 @@ def fold(
         model: the model. It stays unchanged.
         layers: the layers to cut.
         kept: indices of the coordinates to keep, (groups, k), by the path of the layer.
-        importance: the importance of the states, by the path of the layer.
+        importance: the importance of the states, by the path of the layer. If it has a basis, the
+            coordinates are those of the basis, and the states are projected.
 
     Returns:
         The model, in evaluation mode, and its cut layers by path.
@@ -42,11 +43,11 @@ def fold(
     for family in dict.fromkeys(layer.family for layer in layers):
         own = [layer for layer in layers if layer.family is family]
         sizes = {layer.index: kept[layer.path].shape[1] for layer in own}
-        family.set_sizes(config, sizes, {layer.index: layer.module for layer in own})
+        projected = all(importance[layer.path].basis is not None for layer in own)
+        family.set_sizes(config, sizes, {layer.index: layer.module for layer in own}, projected)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for layer in layers:
-        energies = importance[layer.path].energies
-        for name, tensor in layer.family.cut(layer.module, kept[layer.path], energies).items():
+        for name, tensor in _changes(layer, kept[layer.path], importance[layer.path]).items():
             weights[f"{layer.path}.{name}"] = tensor.detach().clone()
     with torch.random.fork_rng(devices=[]):
         small = type(model)(config)
@@ -61,12 +62,22 @@ def fold(
     small.tie_weights()
     grads = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in small.named_parameters():
-        parameter.requires_grad_(grads[name])
+        parameter.requires_grad_(grads.get(name, True))  # maps are new
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         small.generation_config = copy.deepcopy(generation)
     chosen = {layer.path for layer in layers}
     return small.eval(), {x.path: x for x in find_layers(small) if x.path in chosen}
+
+
+def _changes(layer: Layer, kept: Tensor, importance: Importance) -> dict[str, Tensor]:
+    """Return the tensors of a layer that change, by their names."""
+    basis = importance.basis
+    if basis is None:
+        return layer.family.cut(layer.module, kept, importance.energies)
+    index = kept.unsqueeze(-1).expand(-1, -1, basis.keys.shape[-1])
+    maps = (each.gather(1, index) for each in (basis.keys, basis.queries))
+    return layer.family.project(layer.module, *maps)
 
 
 def _match_buffers(small: nn.Module, model: nn.Module) -> None:

@@ -15,10 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian.shrinking._balancing import Basis, Gramians, changed
 from gramian.shrinking._family import Call, Layer
 from gramian.shrinking._recurrence import gram
 
-__all__ = ["Change", "Importance", "compare", "measure_importance", "window_losses"]
+__all__ = [
+    "Change",
+    "Importance",
+    "compare",
+    "measure_importance",
+    "window_losses",
+]
 
 _TOKENS = 2**12  # tokens of one forward pass
 _AGREEMENT = 1e-3  # how far the energy of the read outputs may be from that of the scan's
@@ -35,12 +42,24 @@ class Importance:
         keys: sum of the squares of the keys, (groups, n).
         queries: sum of the squares of the queries, (groups, n).
         tokens: number of tokens.
+        basis: the basis of the coordinates; None if they are those of the model.
     """
 
     gram: Tensor
     keys: Tensor
     queries: Tensor
     tokens: int = 0
+    basis: Basis | None = None
+
+    def __add__(self, other: Importance) -> Importance:
+        """Return the importance for two texts in the same coordinates."""
+        return Importance(
+            self.gram + other.gram,
+            self.keys + other.keys,
+            self.queries + other.queries,
+            self.tokens + other.tokens,
+            self.basis,
+        )
 
     @property
     def energies(self) -> tuple[Tensor, Tensor]:
@@ -74,6 +93,8 @@ def measure_importance(
     layers: Sequence[Layer],
     windows: Tensor,
     progress: Callable[[int], None] | None = None,
+    bases: Mapping[str, Basis] | None = None,
+    gramians: Mapping[str, Gramians] | None = None,
 ) -> dict[str, Importance]:
     """Return the importance of the states of some layers on a text, by the layers' paths.
 
@@ -82,6 +103,9 @@ def measure_importance(
         layers: the layers.
         windows: token ids, (count, length).
         progress: a function that is called with the number of windows done.
+        bases: bases of the states, by path, in which their coordinates are measured. The gates of
+            these layers are scalar.
+        gramians: sums, by the path of layers with scalar gates, to which the text is added.
 
     Raises:
         ValueError: if the outputs of a layer's scan are not those that its arguments say.
@@ -90,14 +114,22 @@ def measure_importance(
     for layer in layers:
         groups, n = layer.shape.groups, layer.shape.states
         zeros = torch.zeros(groups, n, dtype=torch.float64)
-        found[layer.path] = Importance(torch.zeros(groups, n, n, dtype=torch.float64), zeros, zeros)
+        basis = None if bases is None else bases[layer.path]
+        squares = torch.zeros(groups, n, n, dtype=torch.float64)
+        found[layer.path] = Importance(squares, zeros, zeros, basis=basis)
 
     def read(layer: Layer, calls: list[Call], *_: Any) -> None:
-        total = torch.cat([gram(call.recurrence) for call in calls])
         one = found[layer.path]
+        if gramians is not None and layer.path in gramians:
+            (call,) = calls
+            gramians[layer.path].add(call.recurrence)
+        recurrences = [call.recurrence for call in calls]
+        if one.basis is not None:
+            recurrences = [changed(x, one.basis.keys, one.basis.queries) for x in recurrences]
+        total = torch.cat([gram(each) for each in recurrences])
         if not one.tokens:  # one check is enough, and its outputs cost a scan
             _check(layer, float(total.sum()), calls)
-        keys, queries = ([getattr(c.recurrence, k) for c in calls] for k in ("keys", "queries"))
+        keys, queries = ([getattr(each, k) for each in recurrences] for k in ("keys", "queries"))
         one.gram = one.gram + total.cpu()
         one.keys = one.keys + _energy(keys)
         one.queries = one.queries + _energy(queries)

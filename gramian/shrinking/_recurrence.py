@@ -21,6 +21,7 @@ A sequence is processed in chunks. Nothing is divided by a product of gates.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from gramian.ops.diagonal_scan import diagonal_scan
 
-__all__ = ["Recurrence", "gram"]
+__all__ = ["Heads", "Recurrence", "gram", "heads_of"]
 
 _CHUNK = 16
 _ELEMENTS = 2**20  # numbers of one kind that are held at once: they stay in a processor's cache
@@ -61,11 +62,17 @@ class Recurrence:
     delta: bool = False
     epsilon: float | None = None
 
+    @property
+    def scalar(self) -> bool:
+        """Whether one gate per head and step multiplies the whole state, and nothing else does."""
+        single = self.decay_rates is None and self.log_decays.shape[-1] == 1
+        return single and not self.delta
+
     def weights(self, y: Tensor) -> Tensor:
         """Return the factors with which errors of outputs (…, N) count, (…, 1)."""
         return _weights(y, self.epsilon)
 
-    def head(self, row: int, heads: slice) -> _Heads:
+    def head(self, row: int, heads: slice) -> Heads:
         """Return some heads of one group and one row, in at least single precision."""
         per = self.values.shape[1] // self.keys.shape[1]
         group = heads.start // per
@@ -81,11 +88,11 @@ class Recurrence:
         rates = values.new_ones(()).expand(count, length)
         if self.rates is not None:
             rates = self.rates[row, heads].to(dtype)
-        return _Heads(keys, queries, values, logs, rates.unsqueeze(-1), self.delta, self.epsilon)
+        return Heads(keys, queries, values, logs, rates.unsqueeze(-1), self.delta, self.epsilon)
 
 
 @dataclass(frozen=True)
-class _Heads:
+class Heads:
     """Some heads of one group.
 
     Attributes:
@@ -112,27 +119,36 @@ class _Heads:
             return self._of_channels()
         if self.logs.shape[-1] == 1 and not self.delta:
             return self._of_scalar_gates()
-        heads, length, width = self.values.shape
         n = self.keys.shape[-1]
-        state = self.values.new_zeros(heads, n, width)
         total = self.values.new_zeros(n, n, dtype=torch.float64)
-        for start in range(0, length, _CHUNK):
-            part = slice(start, min(start + _CHUNK, length))
-            keys, queries = self.keys[part], self.queries[part]
-            along = self.logs[:, part].cumsum(1)  # (h, T, n) or (h, T, 1)
-            between = _between(along.mT)  # (h, n, T, T) or (h, 1, T, T)
-            writes = self._writes(part, along, between, state)  # (h, T, N)
-            weights = between * queries.mT[:, :, None] * keys.mT[:, None]  # (h, n, T, T)
-            carried = (along.exp() * queries).mT.unsqueeze(-1)  # (h, n, T, 1)
-            z = weights.flatten(1, 2) @ writes  # (h, n T, N): one product is faster than n
-            z = z.unflatten(1, (n, -1)).addcmul_(carried, state.unsqueeze(2))
+        for queries, states in self.states():
+            z = states.mul_(queries.mT.unsqueeze(-1))
             if self.epsilon is not None:
                 z *= _weights(z.sum(1, keepdim=True), self.epsilon)
             z = z.flatten(2)
             total += (z @ z.mT).sum(0)  # (h, n, n) before the sum
+        return total
+
+    def states(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the queries (T, n) and the states (h, n, T, N) of every chunk of T steps."""
+        heads, length, width = self.values.shape
+        n = self.keys.shape[-1]
+        state = self.values.new_zeros(heads, n, width)
+        for start in range(0, length, _CHUNK):
+            part = slice(start, min(start + _CHUNK, length))
+            keys = self.keys[part]
+            along = self.logs[:, part].cumsum(1)  # (h, T, n) or (h, T, 1)
+            between = _between(along.mT)  # (h, n, T, T) or (h, 1, T, T)
+            writes = self._writes(part, along, between, state)  # (h, T, N)
+            weights = between * keys.mT[:, None]  # (h, n, T, T)
+            carried = along.exp().mT.unsqueeze(-1)  # (h, n, T, 1) or (h, 1, T, 1)
+            inside = weights.flatten(1, 2) @ writes  # (h, n T, N): one product is faster than n
+            yield (
+                self.queries[part],
+                inside.unflatten(1, (n, -1)).addcmul_(carried, state.unsqueeze(2)),
+            )
             fading = (along[:, -1:] - along).exp() * keys  # (h, T, n)
             state = along[:, -1].exp().unsqueeze(-1) * state + fading.mT @ writes
-        return total
 
     def _of_scalar_gates(self) -> Tensor:
         """Return the sum of the Gram matrices of heads whose gates are equal for all n, (n, n).
@@ -199,6 +215,15 @@ def gram(recurrence: Recurrence) -> Tensor:
         (groups, n, n), in double precision. Products are computed in the dtype of the arguments, at
         least single precision, and chunks are added in double precision.
     """
+    groups, n = recurrence.keys.shape[1], recurrence.keys.shape[-1]
+    total = recurrence.values.new_zeros(groups, n, n, dtype=torch.float64)
+    for group, heads in heads_of(recurrence):
+        total[group] += heads.gram()
+    return total
+
+
+def heads_of(recurrence: Recurrence) -> Iterator[tuple[int, Heads]]:
+    """Yield the heads of every row, a few of one group at a time, each with its group."""
     batch, heads, length, width = recurrence.values.shape
     groups, n = recurrence.keys.shape[1], recurrence.keys.shape[-1]
     per = heads // groups
@@ -210,14 +235,11 @@ def gram(recurrence: Recurrence) -> Tensor:
     else:
         held = n * _CHUNK * width
     size = max(1, min(per, _ELEMENTS // held))
-    total = recurrence.values.new_zeros(groups, n, n, dtype=torch.float64)
     for row in range(batch):
         for group in range(groups):
             end = (group + 1) * per
             for start in range(group * per, end, size):
-                heads_of = slice(start, min(start + size, end))
-                total[group] += recurrence.head(row, heads_of).gram()
-    return total
+                yield group, recurrence.head(row, slice(start, min(start + size, end)))
 
 
 def _weights(y: Tensor, epsilon: float | None) -> Tensor:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gramian._json import to_json
+from gramian._tables import rich_table, text_table
+from gramian.shrinking._projection import Projection
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["LayerShrinkage", "ShrinkRecovery", "ShrinkReport", "ShrinkTrial"]
 
-_COLUMNS = ("layer", "mixer", "groups", "states", "predicted", "measured", "output")
+_COLUMNS = ("layer", "mixer", "groups", "states", "predicted", "projected", "measured", "output")
 _GIB = 2**30
 
 
@@ -32,7 +34,8 @@ class LayerShrinkage:
             of coordinates.
         states_before: number of coordinates of each group's state before.
         states_after: the same number after.
-        kept: indices of the kept coordinates of each group, in ascending order.
+        kept: indices of the kept coordinates of each group, in ascending order; if the states were
+            projected, in the order of the singular values of the balanced basis.
         predicted_error: error of the scan's outputs if the coordinates are held at zero.
         measured_error: error of the scan's outputs in the smaller layer, for the same input, on
             4,096 tokens of the text.
@@ -40,6 +43,8 @@ class LayerShrinkage:
         spectrum: predicted error if the greedy elimination keeps 1, 2, …, n coordinates. The last
             one is 0.
         note: what changes besides the dropped coordinates; empty if nothing does.
+        projection: what a projection of the states would do at this size, or does if the states
+            were projected; None if the layer has no scalar gates.
     """
 
     layer: str
@@ -53,6 +58,7 @@ class LayerShrinkage:
     output_error: float
     spectrum: tuple[float, ...]
     note: str = ""
+    projection: Projection | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ class ShrinkReport:
         keep: the share or number of states to keep; None if `max_increase` was given.
         max_increase: the allowed relative increase of the loss; None if `keep` was given.
         per_layer: whether layers could have different sizes.
+        projection: whether the states were projected.
         multiple: the numbers of which the layers' sizes are multiples.
         criterion: how the coordinates were chosen. "error" is the greedy elimination by the exact
             error, "diagonal" keeps the largest contributions, and "energy" the largest keys and
@@ -136,6 +143,7 @@ class ShrinkReport:
     keep: float | int | None
     max_increase: float | None
     per_layer: bool
+    projection: bool
     multiple: tuple[int, ...]
     criterion: str
     criteria: dict[str, float]
@@ -191,22 +199,10 @@ class ShrinkReport:
         return to_json(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        rows = [_COLUMNS, *(_row(layer) for layer in self.layers)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-        lines = [
-            "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows
-        ]
-        return "\n".join([*lines, self.summary])
+        return text_table(_COLUMNS, map(_row, self.layers), self.summary)
 
     def __rich__(self) -> Table:
-        from rich.table import Table
-
-        table = Table(caption=self.summary, caption_justify="left", caption_style="")
-        for column in _COLUMNS:
-            table.add_column(column, justify="right")
-        for layer in self.layers:
-            table.add_row(*_row(layer))
-        return table
+        return rich_table(_COLUMNS, map(_row, self.layers), self.summary)
 
     @property
     def summary(self) -> str:
@@ -232,6 +228,12 @@ class ShrinkReport:
         if steps:
             words += (
                 f" Sizes are multiples of {' or '.join(map(str, steps))}, which fused kernels need."
+            )
+        if self.projection:
+            errors = [x.projection.coordinates_error for x in self.layers if x.projection]
+            words += (
+                " The states were projected; as many coordinates would have predicted errors of "
+                f"{min(errors):.1e} to {max(errors):.1e}."
             )
         notes = dict.fromkeys(layer.note for layer in self.layers if layer.note)
         words += "".join(f" {note}" for note in notes)
@@ -265,6 +267,7 @@ def _row(layer: LayerShrinkage) -> tuple[str, ...]:
         str(layer.groups),
         f"{layer.states_before} to {layer.states_after}",
         f"{layer.predicted_error:.1e}",
+        "" if layer.projection is None else f"{layer.projection.error:.1e}",
         f"{layer.measured_error:.1e}",
         f"{layer.output_error:.1e}",
     )

@@ -6,17 +6,24 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from gramian.ops.precision import full_precision
-from gramian.shrinking._choosing import Choices, Plan
+from gramian.shrinking._choosing import Choices, Plan, count_within
 from gramian.shrinking._elimination import squared_errors
 from gramian.shrinking._family import Layer, find_layers
 from gramian.shrinking._folding import fold
-from gramian.shrinking._passes import Change, compare, measure_importance, window_losses
+from gramian.shrinking._passes import (
+    Change,
+    Importance,
+    compare,
+    measure_importance,
+    window_losses,
+)
+from gramian.shrinking._projection import Prediction, empty_gramians, predict
 from gramian.shrinking._recovery import Recovery, as_recovery, check_windows
 from gramian.shrinking._recovery import recover as recover_model
 from gramian.shrinking._report import LayerShrinkage, ShrinkRecovery, ShrinkReport, ShrinkTrial
@@ -37,6 +44,7 @@ def shrink(
     keep: float | int | None = None,
     max_increase: float | None = None,
     per_layer: bool = False,
+    projection: bool = False,
     multiple: int | None = None,
     tokenizer: Any = None,
     context: int | None = None,
@@ -66,10 +74,18 @@ def shrink(
         keep: share of the states to keep, between 0 and 1, or their number, an integer. Sizes are
             rounded up to a multiple that kernels take.
         max_increase: largest increase of the loss on the held-out windows, relative to that of the
-            given model. The smallest size within it is searched by bisection. Give this or `keep`.
+            given model. The smallest size within it is searched by bisection, first by the greedy
+            elimination and its loss on 4,096 tokens of the other windows. That size and the next
+            smaller one are then tried on the held-out windows, and the search goes on there if they
+            do not agree. Give this or `keep`.
         per_layer: whether layers may have different sizes. Then all layers have the same largest
             predicted error, and `keep` counts the states of all layers. Only configurations with a
             size for each layer, those of Gramian models, allow this.
+        projection: whether to project the states obliquely onto the coordinates of a balanced
+            basis, in place of dropping coordinates of the model. Keys and queries then pass through
+            linear maps, which only Gramian models can hold, behind their feature map
+            (`feature_size` in their configuration). One gate per head and step must multiply each
+            state: linear attention, and weighted or gated linear attention with `head_gates`.
         multiple: number of which the sizes are multiples; by default the one that the fused kernels
             of the architecture need. It is ignored if a layer's own size is no multiple of it.
         tokenizer: tokenizer of the texts; not needed for token ids.
@@ -92,8 +108,9 @@ def shrink(
             ids, or `recover` is neither a number of steps nor a `Recovery`.
         ValueError: if the model has no recurrence whose state can be made smaller, is quantized,
             has adapters, or is spread over several devices; if neither or both of `keep` and
-            `max_increase` are given, or one is out of range; if the texts are shorter than two
-            windows, or three with `recover`; or if no smaller size keeps the loss within
+            `max_increase` are given, or one is out of range; if states that are to be projected
+            have no scalar gates, or their layers cannot hold the maps; if the texts are shorter
+            than two windows, or three with `recover`; or if no smaller size keeps the loss within
             `max_increase`.
         ImportError: if the recovery needs peft, which is not installed.
     """
@@ -101,6 +118,8 @@ def shrink(
     _check(model, keep, max_increase, multiple, context)
     recovery = as_recovery(recover)
     layers, left = _recurrences(model, per_layer)
+    if projection:
+        _check_projection(layers)
     windows = windows_of(texts, tokenizer, context or _context(model), max_tokens)
     _check_vocabulary(model, windows)
     chosen_by, held_out = split_windows(windows, seed)
@@ -109,20 +128,19 @@ def shrink(
     training = model.training
     model.eval()
     try:
-        total = len(chosen_by)
-        told = None if progress is None else (lambda done: progress(done, total))
-        importance = measure_importance(model, layers, chosen_by, told)
+        importance, prediction = _measure(model, layers, chosen_by, projection, progress)
         run = _Run(model, layers, Choices.of(layers, importance, multiple), chosen_by)
         before = window_losses(model, held_out)
         trials: list[ShrinkTrial] = []
         if max_increase is not None:
-            small = _search(run, per_layer, max_increase, before, held_out, trials)
+            small, after = _search(run, per_layer, max_increase, before, held_out, trials)
         elif per_layer:
             small = run.shrink(run.choices.of_total(_as_share(keep, layers)))
         else:
             assert keep is not None
             small = run.shrink(run.choices.share(keep))
-        after = window_losses(small.model, held_out)
+        if max_increase is None:
+            after = window_losses(small.model, held_out)
         changes = compare(model, layers, small.layers, _some(chosen_by))
         report = ShrinkReport(
             keep=keep,
@@ -131,7 +149,10 @@ def shrink(
             multiple=tuple(sorted({run.choices.step(layer) for layer in layers})),
             criterion=small.criterion,
             criteria=dict(small.criteria),
-            layers=tuple(_report(layer, run, small, changes[layer.path]) for layer in layers),
+            projection=projection,
+            layers=tuple(
+                _report(layer, run, small, changes[layer.path], prediction) for layer in layers
+            ),
             left=left,
             tokens=chosen_by.numel(),
             held_out_tokens=held_out.numel(),
@@ -178,12 +199,21 @@ class _Small:
 
 @dataclass(frozen=True)
 class _Run:
-    """What all sizes of one model share."""
+    """What all sizes of one model share.
+
+    Attributes:
+        model: the model.
+        layers: its layers.
+        choices: the sizes and coordinates that can be chosen.
+        windows: the windows to choose by.
+        losses: the loss of every choice of coordinates that was tried on some of the windows.
+    """
 
     model: Any
     layers: Sequence[Layer]
     choices: Choices
     windows: Tensor
+    losses: dict[tuple[bytes, ...], float] = field(default_factory=dict)
 
     def shrink(self, plan: Plan) -> _Small:
         """Return the model with the sizes of a plan, by the criterion with the smallest loss."""
@@ -191,15 +221,55 @@ class _Run:
         criteria: dict[str, float] = {}
         candidates = self.choices.candidates(plan)
         for name, kept in candidates.items():
-            small = fold(self.model, self.layers, kept, self.choices.importance)
-            loss = float(window_losses(small[0], _some(self.windows)).mean())
-            loss = math.inf if math.isnan(loss) else loss
-            if best is None or loss < min(criteria.values()):
+            small, loss = self._try(kept)
+            if not criteria or loss < min(criteria.values()):
                 best = small
             criteria[name] = loss
-        assert best is not None
         name = min(criteria, key=lambda one: criteria[one])
+        if best is None:
+            best = fold(self.model, self.layers, candidates[name], self.choices.importance)
         return _Small(*best, candidates[name], name, criteria)
+
+    def loss(self, plan: Plan) -> float:
+        """Return the loss of the greedy elimination to the sizes of a plan."""
+        return self._try(self.choices.candidates(plan)["error"])[1]
+
+    def _try(self, kept: Mapping[str, Tensor]) -> tuple[tuple[Any, dict[str, Layer]] | None, float]:
+        """Return the model with some coordinates, or None if it was tried before, and its loss."""
+        key = tuple(kept[layer.path].numpy().tobytes() for layer in self.layers)
+        if key in self.losses:
+            return None, self.losses[key]
+        small = fold(self.model, self.layers, kept, self.choices.importance)
+        loss = float(window_losses(small[0], _some(self.windows)).mean())
+        self.losses[key] = math.inf if math.isnan(loss) else loss
+        return small, self.losses[key]
+
+
+def _measure(
+    model: Any,
+    layers: Sequence[Layer],
+    windows: Tensor,
+    projection: bool,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Mapping[str, Importance], Prediction | None]:
+    """Return the importance by which states are chosen, and what projections would do."""
+    first = windows if projection else _some(windows)  # those on which projections are predicted
+    total = len(windows) + len(first) * projection
+
+    def told(before: int) -> Callable[[int], None] | None:
+        return None if progress is None else (lambda done: progress(before + done, total))
+
+    gramians = empty_gramians(layers)
+    importance = measure_importance(model, layers, first, told(0), gramians=gramians)
+    if projection:
+        prediction = predict(model, layers, first, importance, gramians, told(len(first)))
+        assert prediction is not None
+        return prediction.balanced.importance, prediction
+    prediction = predict(model, layers, first, importance, gramians)
+    if len(first) < len(windows):
+        rest = measure_importance(model, layers, windows[len(first) :], told(len(first)))
+        importance = {path: one + rest[path] for path, one in importance.items()}
+    return importance, prediction
 
 
 def _some(windows: Tensor) -> Tensor:
@@ -214,26 +284,31 @@ def _search(
     before: Tensor,
     held_out: Tensor,
     trials: list[ShrinkTrial],
-) -> _Small:
-    """Return the smallest model that bisection finds within the budget."""
+) -> tuple[_Small, Tensor]:
+    """Return the smallest model within the budget that the search finds, and its losses."""
     plans = run.choices.plans(per_layer)
     if not plans:
         raise ValueError(
             "max_increase needs a smaller size to try; got layers of the smallest size that "
             "kernels take."
         )
-    found: _Small | None = None
-    low, high = 0, len(plans)  # plans before `low` are within the budget, those from `high` are not
-    while low < high:
-        middle = (low + high) // 2
-        small = run.shrink(plans[middle])
-        loss = float(window_losses(small.model, held_out).mean())
+    whole = float(window_losses(run.model, _some(run.windows)).mean())
+    guess = count_within(len(plans), lambda at: run.loss(plans[at]) / whole - 1 <= max_increase)
+    found: tuple[_Small, Tensor] | None = None
+
+    def within(at: int) -> bool:
+        nonlocal found
+        small = run.shrink(plans[at])
+        losses = window_losses(small.model, held_out)
+        loss = float(losses.mean())
         states = sum(layer.shape.groups * layer.shape.states for layer in small.layers.values())
         trials.append(ShrinkTrial(states, loss, loss / float(before.mean()) - 1))
-        if trials[-1].increase <= max_increase:  # NaN is not within the budget
-            found, low = small, middle + 1
-        else:
-            high = middle
+        good = trials[-1].increase <= max_increase  # NaN is not within the budget
+        if good:
+            found = small, losses
+        return good
+
+    count_within(len(plans), within, guess)
     if found is None:
         best = min(trials, key=lambda trial: trial.increase)
         raise ValueError(
@@ -243,7 +318,10 @@ def _search(
     return found
 
 
-def _report(layer: Layer, run: _Run, small: _Small, change: Change) -> LayerShrinkage:
+def _report(
+    layer: Layer, run: _Run, small: _Small, change: Change, prediction: Prediction | None
+) -> LayerShrinkage:
+    commutes = prediction is not None and layer.family.commutes(layer.module)
     gram, kept = run.choices.importance[layer.path].gram, small.kept[layer.path]
     whole = float(gram.sum())
     predicted = float(squared_errors(gram, kept).sum())
@@ -258,6 +336,7 @@ def _report(layer: Layer, run: _Run, small: _Small, change: Change) -> LayerShri
         measured_error=change.scan_error,
         output_error=change.output_error,
         spectrum=tuple(run.choices.errors[layer.path][1:]),
+        projection=prediction.at(layer, kept.shape[1]) if prediction and commutes else None,
         note=layer.family.note if kept.shape[1] < layer.shape.states else "",
     )
 
@@ -304,6 +383,21 @@ def _recurrences(model: Any, per_layer: bool) -> tuple[list[Layer], tuple[tuple[
             f"{name}, which has {single[0].family.field(single[0].module)} for all."
         )
     return layers, tuple(left)
+
+
+def _check_projection(layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        if not layer.family.maps:
+            raise ValueError(
+                "projection needs layers that can hold maps of keys and queries, those of linear "
+                f"attention in Gramian models; got {type(layer.module).__name__} ({layer.path})."
+            )
+        if not layer.family.commutes(layer.module):
+            raise ValueError(
+                "projection needs one gate per head and step, which commutes with every change of "
+                f"basis; got {type(layer.module).__name__} ({layer.path}) with a gate for each "
+                "state."
+            )
 
 
 def _check(

@@ -176,3 +176,17 @@ def test_storage_of_our_mixers(mixer: torch.nn.Module, states: int) -> None:
         held = state.memory if hasattr(state, "memory") else state.long
         assert numbers == count(held)
         assert len(layer.channels) == states
+
+
+def test_shrink_is_named_for_the_layers_that_it_takes() -> None:
+    from gramian.analysis._ranking import _SHRINKS
+    from gramian.shrinking._families.one_size import OneSize
+    from gramian.shrinking._family import _FAMILIES, _load
+
+    _load()
+    assert {name for name, one in _FAMILIES.items() if not isinstance(one, OneSize)} == _SHRINKS
+    layer = make("recurrence", [5.0], 16.0)
+    for mixer, named in (("S6", True), ("Mamba2Mixer", True), ("Mix", False)):
+        (one,) = report(dataclasses.replace(layer, mixer=mixer)).ranking()
+        assert "Fewer states may do" in one.suggestion
+        assert (", and `gramian shrink` chooses them" in one.suggestion) == named

@@ -29,6 +29,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 **small, mixers="gated_linear_attention", num_heads=2, initializer_range=0.2
             )
         ),
+        "linear": GramianForCausalLM(
+            GramianConfig(**small, mixers="linear_attention", num_heads=2, initializer_range=0.2)
+        ),
         "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=8, n_layer=1, n_head=1)),
     }
     for name, model in models.items():
@@ -84,6 +87,16 @@ def test_shrink_recovers_what_was_lost(workplace: Path, call: Call, method: str)
     assert load(workplace / method).config.mixers[0]["state_size"] == 2
 
 
+def test_shrink_projects_states(workplace: Path, call: Call) -> None:
+    arguments = "shrink linear projected --text text.txt --keep 3 --projection --context 40 --json"
+    status, out, err = call(arguments, workplace)
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["projection"] and found["layers"][0]["projection"]["error"] > 0
+    mixers = load(workplace / "projected").config.mixers
+    assert [(one["state_size"], one["feature_size"]) for one in mixers] == [(3, 8)] * 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -121,6 +134,16 @@ def test_shrink_recovers_what_was_lost(workplace: Path, call: Call, method: str)
             "mamba2 refused --text text.txt --keep 0.5 --per-layer --context 40",
             1,
             "per_layer needs a configuration",
+        ),
+        (
+            "mamba2 refused --text text.txt --keep 0.5 --projection --context 40",
+            1,
+            "projection needs layers that can hold maps",
+        ),
+        (
+            "ours refused --text text.txt --keep 0.5 --projection --context 40",
+            1,
+            "projection needs one gate per head and step",
         ),
     ],
 )

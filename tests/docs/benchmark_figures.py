@@ -432,6 +432,23 @@ def _stands(text: str) -> Callable[[Results], str]:
     return lambda _: text
 
 
+def _projected(kind: str, size: int) -> Callable[[Results], str]:
+    def text(results: Results) -> str:
+        row = results[kind][str(size)]
+        return ", ".join(f"{row[way]['increase']:+.2%}" for way in ("coordinates", "projection"))
+
+    return text
+
+
+def _predicted(size: int) -> Callable[[Results], str]:
+    def text(results: Results) -> str:
+        row = results["mamba2"][str(size)]["coordinates"]
+        cut, projected = (row[f"predicted errors of {x}"] for x in ("coordinates", "projections"))
+        return f"{spread(cut, '.2f')}, {spread(projected, '.2f')}"
+
+    return text
+
+
 FIGURES: dict[str, list[Row]] = {
     "Reduction": [
         ("reduction", _speed),
@@ -517,6 +534,14 @@ FIGURES: dict[str, list[Row]] = {
         ("calibrated_reduction", _saved("s4d", "by text")),
         ("calibrated_reduction", _weighted_loss("implicit", 4)),
         ("calibrated_reduction", _weighted_loss("s4d", 4)),
+    ],
+    "Projected states": [
+        *(
+            ("state_projection", _projected(kind, size))
+            for kind in ("linear_attention", "gated_linear_attention")
+            for size in (16, 8, 4)
+        ),
+        ("state_projection", _predicted(16)),
     ],
     "Packed rows": [
         ("packing", _packing("alike")),

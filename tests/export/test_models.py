@@ -45,6 +45,11 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "linear": {"mixers": ["linear_attention", "gated_linear_attention"], "filter": None},
     "delta": {"mixers": ["gated_delta_net", "weighted_linear_attention"], "filter": None},
+    "mapped": {
+        "mixers": ["weighted_linear_attention", "gated_linear_attention"],
+        "linear_recurrence": {"state_size": 4, "feature_size": 6, "head_gates": True},
+        "filter": None,
+    },
     "s6": {"mixers": ["s6", "gla_s6"], "filter": None},
 }
 FAST = ("grouped",)

@@ -50,6 +50,7 @@ MIXERS = {
     "linear_attention": lambda: LinearAttention(WIDTH, 2),
     "weighted_linear_attention": lambda: WeightedLinearAttention(WIDTH, 2),
     "gated_linear_attention": lambda: GatedLinearAttention(WIDTH, 2, gate_rank=2),
+    "mapped": lambda: WeightedLinearAttention(WIDTH, 2, 2, head_gates=True, feature_size=3),
     "s6": lambda: S6(WIDTH, 3),
     "gla_s6": lambda: GLAS6(WIDTH, 2, 2, 2),
     "gated_delta_net": lambda: GatedDeltaNet(WIDTH, 2),

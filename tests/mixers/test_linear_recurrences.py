@@ -31,12 +31,20 @@ WIDTH = 8
 KINDS: dict[str, Callable[[], LinearRecurrence]] = {
     "linear": lambda: LinearAttention(WIDTH, 2),
     "linear_elu": lambda: LinearAttention(WIDTH, 2, 3, 5, feature_map="elu", short_kernel=1),
+    "linear_mapped": lambda: LinearAttention(WIDTH, 2, 3, 5, feature_map="silu", feature_size=6),
     "weighted": lambda: WeightedLinearAttention(WIDTH, 2, 5, temperature=2.0),
+    "retention": lambda: WeightedLinearAttention(WIDTH, 2, 5, temperature=2.0, head_gates=True),
+    "retention_mapped": lambda: WeightedLinearAttention(
+        WIDTH, 2, 2, head_gates=True, temperature=2.0, feature_size=5
+    ),
     "gated": lambda: GatedLinearAttention(WIDTH, 2, gate_rank=3, temperature=1.0),
     "gated_silu": lambda: GatedLinearAttention(WIDTH, 1, 6, 2, feature_map="silu"),
+    "gated_head": lambda: GatedLinearAttention(WIDTH, 2, 3, head_gates=True, feature_size=4),
+    "gated_mapped": lambda: GatedLinearAttention(WIDTH, 2, 5, feature_size=3),
     "s6": lambda: S6(WIDTH, 5, short_kernel=2),
     "s6_narrow": lambda: S6(WIDTH, 3, expand=1, step_rank=2),
     "gla_s6": lambda: GLAS6(WIDTH, 2, 7),
+    "gla_s6_mapped": lambda: GLAS6(WIDTH, 2, 3, feature_map="elu", feature_size=7),
     "gla_s6_unnormalized": lambda: GLAS6(WIDTH, 2, normalization=1.0),
     "gated_delta_net": lambda: GatedDeltaNet(WIDTH, 2),
     "gated_delta_net_wide": lambda: GatedDeltaNet(WIDTH, 1, 9, 3, short_kernel=1),
@@ -48,8 +56,9 @@ def make(kind: str) -> LinearRecurrence:
     torch.manual_seed(0)
     mixer = KINDS[kind]().double()
     with torch.no_grad():
-        for parameter in mixer.dynamics.parameters() if hasattr(mixer, "dynamics") else ():
-            parameter.add_(0.5 * torch.randn_like(parameter))
+        for name, parameter in mixer.named_parameters():
+            if name.startswith("dynamics") or name.endswith("_map"):
+                parameter.add_(0.5 * torch.randn_like(parameter))
     return mixer
 
 
@@ -89,17 +98,21 @@ def naive(mixer: LinearRecurrence, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     assert isinstance(mixer, LinearAttention)
     mixed, rest = convolved(mixer, x)
     heads, n, N = mixer.heads, mixer.state_size, mixer.value_width
+    features = mixer.feature_size
     if isinstance(mixer, GatedDeltaNet):
         mixed = mixed * torch.sigmoid(mixed)
     q, k, v = (
         part.unflatten(-1, (heads, -1))
-        for part in mixed.split([heads * n, heads * n, heads * N], -1)
+        for part in mixed.split([heads * features, heads * features, heads * N], -1)
     )
     if isinstance(mixer, GatedDeltaNet):
         q, k = (part / (part.square().sum(-1, keepdim=True) + 1e-6).sqrt() for part in (q, k))
     else:
         phi = {"identity": lambda u: u, "silu": F.silu, "elu": lambda u: F.elu(u) + 1}
         q, k = phi[mixer.feature_map](q), phi[mixer.feature_map](k)
+        if mixer.key_map is not None:
+            q = torch.einsum("blhf,hfn->blhn", q, mixer.query_map)
+            k = torch.einsum("blhf,hfn->blhn", k, mixer.key_map)
     gates, out_gate = rest[..., : mixer.gate_features], rest[..., mixer.gate_features :]
     S, outputs = x.new_zeros(len(x), heads, n, N), []
     for t in range(x.shape[1]):
@@ -108,7 +121,7 @@ def naive(mixer: LinearRecurrence, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if isinstance(mixer, WeightedLinearAttention):
             decay = torch.sigmoid(mixer.dynamics.logits) ** (1 / mixer.dynamics.temperature)
         elif isinstance(mixer, GatedLinearAttention):
-            logits = (gates[:, t] @ mixer.gate_proj.weight.mT).unflatten(-1, (heads, n))
+            logits = (gates[:, t] @ mixer.gate_proj.weight.mT).unflatten(-1, (heads, -1))
             logits = logits + mixer.dynamics.bias
             decay = torch.sigmoid(logits) ** (1 / mixer.dynamics.temperature)
         elif isinstance(mixer, GLAS6):
@@ -122,7 +135,7 @@ def naive(mixer: LinearRecurrence, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             faded = decay[..., None] * S
             value = beta * (value - (key[..., None] * faded).sum(-2))
         S = decay[..., None] * S + key[..., None] * value[..., None, :]
-        outputs.append((q[:, t, :, :, None] * S).sum(-2) / n**0.5)
+        outputs.append((q[:, t, :, :, None] * S).sum(-2) / features**0.5)
     inner = torch.stack(outputs, 1)
     normed = inner / (inner.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.norm.weight
     y = (normed.flatten(-2) * out_gate * torch.sigmoid(out_gate)) @ mixer.out_proj.weight.mT

@@ -44,6 +44,8 @@ RECURRENCES = {
     "linear_attention": lambda: LinearAttention(WIDTH, 3),
     "weighted_linear_attention": lambda: WeightedLinearAttention(WIDTH, 3, 6),
     "gated_linear_attention": lambda: GatedLinearAttention(WIDTH, 2, gate_rank=4),
+    "retention": lambda: WeightedLinearAttention(WIDTH, 3, 4, head_gates=True, feature_size=6),
+    "gated_by_head": lambda: GatedLinearAttention(WIDTH, 2, 3, head_gates=True, feature_size=5),
     "s6": lambda: S6(WIDTH, 5),
     "gla_s6": lambda: GLAS6(WIDTH, 3, 6, 5),
     "gated_delta_net": lambda: GatedDeltaNet(WIDTH, 2),

@@ -96,6 +96,23 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_next": ("Qwen3Next", {**DELTA, **LAYERS, **EXPERTS, "head_dim": 8}),
     "qwen3_5_text": ("Qwen3_5", {**DELTA, **LAYERS, "head_dim": 8}),
+    "qwen3_5_moe_text": ("Qwen3_5Moe", {**DELTA, **LAYERS, **EXPERTS, "head_dim": 8}),
+    "qwen4_exp_text": (
+        "Qwen4Exp",
+        {
+            **DELTA,
+            **EXPERTS,
+            **LAYERS,
+            "head_dim": 8,
+            "hc_count": 2,
+            "hc_lowrank": 4,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 8,
+            "indexer_budget": 64,
+            "indexer_compress_ratio": 2,
+        },
+    ),
     "olmo_hybrid": ("OlmoHybrid", {**DELTA, **LAYERS}),
 }
 OURS = (
@@ -106,8 +123,9 @@ OURS = (
     "gated_delta_net",
     "s6",
 )
-ALL = (*TRANSFORMERS, *OURS, "silu", "elu")
-INEXACT = ("falcon_mamba", "jamba", "qwen3_next", "qwen3_5_text", "olmo_hybrid", "gated_delta_net")
+ALL = (*TRANSFORMERS, *OURS, "silu", "elu", "mapped")
+DELTAS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", "olmo_hybrid")
+INEXACT = ("falcon_mamba", "jamba", *DELTAS, "gated_delta_net")
 
 
 def build(kind: str) -> Any:
@@ -120,6 +138,8 @@ def build(kind: str) -> Any:
         model = getattr(transformers, f"{name}ForCausalLM")(config)
     else:
         features = {"feature_map": kind} if kind in ("silu", "elu") else {}
+        if kind == "mapped":
+            features = {"feature_size": 9}
         model = GramianForCausalLM(
             GramianConfig(
                 vocab_size=VOCABULARY,
@@ -260,6 +280,10 @@ def zeroed(model: Any, layers: list[Layer], kept: dict[str, Tensor]) -> Any:
         if type(module).__name__ == "S6":
             rows = module.step_rank + torch.arange(2 * n).reshape(2, n)[:, gone[0]].flatten()
             module.x_proj.weight[rows] = 0
+            continue
+        if getattr(module, "key_map", None) is not None:
+            hidden = gone.unsqueeze(1).expand_as(module.key_map)
+            module.key_map[hidden], module.query_map[hidden] = 0, 0
             continue
         rows = torch.arange(2 * module.heads * n).reshape(2, module.heads, n)[:, gone].flatten()
         module.in_proj.weight[rows] = 0
@@ -418,3 +442,9 @@ def test_kimi_linear_is_refused_with_its_reason() -> None:
     model = transformers.KimiLinearForCausalLM(config)
     with pytest.raises(ValueError, match="one size, linear_head_dim, for keys, values and gates"):
         gramian.shrink(model, windows(), keep=0.5)
+
+
+def test_lightning_attention_is_refused_with_its_reason() -> None:
+    config = transformers.MiniMaxConfig(**HYBRID, **LAYERS, head_dim=8, num_local_experts=2)
+    with pytest.raises(ValueError, match="one size, head_dim, for keys, values and gates"):
+        gramian.shrink(transformers.MiniMaxForCausalLM(config), windows(), keep=0.5)

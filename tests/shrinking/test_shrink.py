@@ -147,10 +147,47 @@ def test_max_increase_finds_the_smallest_size_within_the_budget(
     for budget, size in ((0.035, 9), (0.01 + 1e-9, 11), (0.5, 1)):
         small, report = gramian.shrink(model, windows(3), max_increase=budget)
         assert small.config.state_size == size
-        assert report.increase == pytest.approx(0.01 * (12 - size)) and len(report.trials) <= 4
-        assert report.trials[0].states == 4 * 6 and report.max_increase == budget
+        assert report.increase == pytest.approx(0.01 * (12 - size)) and len(report.trials) <= 2
+        assert report.trials[0].states == 4 * size and report.max_increase == budget
     with pytest.raises(ValueError, match=r"which is 1\.000% above.*44 states in all; got 0\.900%"):
         gramian.shrink(model, windows(3), max_increase=0.009)
+
+
+def test_a_wrong_guess_costs_trials_and_not_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gramian.shrinking import _shrink
+
+    held_out: list[int] = []
+
+    def losses(model: Any, given: Tensor) -> Tensor:
+        held_out.append(len(given))
+        share = 0.01 if len(given) == 1 else 0.04  # 1 held-out window, and 2 others
+        return torch.full((len(given),), 1 + share * (12 - model.config.state_size)).double()
+
+    monkeypatch.setattr(_shrink, "window_losses", losses)
+    for budget, size in ((0.035, 9), (0.05, 7), (0.5, 1)):
+        held_out.clear()
+        small, report = gramian.shrink(mamba2(), windows(3), max_increase=budget)
+        assert small.config.state_size == size
+        assert held_out.count(1) == 1 + len(report.trials) <= 7
+        tried = {trial.states // 4: trial.increase for trial in report.trials}
+        assert size == 1 or tried[size - 1] > budget  # the next smaller size was tried
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 16, 63])
+def test_counting_begins_beside_the_guess(count: int) -> None:
+    from gramian.shrinking._choosing import count_within
+
+    for true in range(count + 1):
+        for guess in (None, *range(count + 1)):
+            calls: list[int] = []
+
+            def within(at: int, calls: list[int] = calls, true: int = true) -> bool:
+                calls.append(at)
+                return at < true
+
+            assert count_within(count, within, guess) == true
+            assert len(calls) == len(set(calls)) <= 2 + count.bit_length()
+            assert guess != true or len(calls) <= 2
 
 
 def test_layers_of_ours_may_have_different_sizes() -> None:
@@ -296,6 +333,10 @@ def test_transformers_alone_loads_runs_and_saves_the_result(tmp_path: Path) -> N
         ({"keep": 0.01}, "keep must leave at least one of the 12 states of backbone"),
         ({"keep": 12}, "keep must leave fewer states than the 12"),
         ({"keep": 0.99}, "keep must leave fewer states than the 12"),
+        (
+            {"keep": 9, "multiple": 6},
+            "keep must leave fewer states than the 12 of the layers, in multiples of 6; got 9.",
+        ),
         ({"max_increase": 0.0}, "max_increase must be a positive number"),
         ({"max_increase": float("nan")}, "max_increase must be a positive number"),
         ({"keep": 0.5, "multiple": 0}, "multiple must be an integer of at least 1"),

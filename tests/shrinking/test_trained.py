@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -25,18 +27,16 @@ def recall(count: int, generator: torch.Generator) -> Tensor:
     return torch.cat([pairs, again], dim=1).flatten(1)
 
 
-@pytest.mark.slow
-def test_the_chosen_coordinates_are_better_than_random_ones() -> None:
+def trained(mixer: str, generator: torch.Generator, **options: Any) -> GramianForCausalLM:
     torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(1)
     model = GramianForCausalLM(
         GramianConfig(
             vocab_size=2 * KEYS,
             hidden_size=32,
             num_hidden_layers=2,
             num_heads=2,
-            mixers="gated_linear_attention",
-            linear_recurrence={"state_size": 16},
+            mixers=mixer,
+            linear_recurrence={"state_size": 16, **options},
             initializer_range=0.1,
         )
     )
@@ -46,7 +46,28 @@ def test_the_chosen_coordinates_are_better_than_random_ones() -> None:
         optimizer.zero_grad()
         model(ids, labels=ids).loss.backward()
         optimizer.step()
-    model.eval()
+    return model.eval()
+
+
+@pytest.mark.slow
+def test_projections_are_better_than_coordinates() -> None:
+    generator = torch.Generator().manual_seed(1)
+    model = trained("gated_linear_attention", generator, head_gates=True)
+    text, held_out = recall(96, generator), recall(512, generator)
+    for size in (4, 8, 12):
+        losses, errors = [], []
+        for projection in (True, False):
+            small, report = gramian.shrink(model, text, keep=size, projection=projection)
+            losses.append(float(window_losses(small, held_out).mean()))
+            errors.append([layer.measured_error for layer in report.layers])
+        assert losses[0] <= losses[1]
+        assert all(one <= two for one, two in zip(*errors, strict=True))
+
+
+@pytest.mark.slow
+def test_the_chosen_coordinates_are_better_than_random_ones() -> None:
+    generator = torch.Generator().manual_seed(1)
+    model = trained("gated_linear_attention", generator)
     text, held_out = recall(96, generator), recall(512, generator)
     layers = list(find_layers(model))
     importance = measure_importance(model, layers, text)

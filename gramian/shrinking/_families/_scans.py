@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from gramian.shrinking._family import Call
 
-__all__ = ["watch_scan"]
+__all__ = ["state_outputs", "time_steps", "watch_scan"]
 
 
 @contextmanager
@@ -50,3 +52,28 @@ def watch_scan(
         yield
     finally:
         setattr(place, name, scan)
+
+
+def time_steps(dt: Tensor, bias: Tensor | None, positive: bool) -> Tensor:
+    """Return the steps Δ of Mamba's scans, in at least single precision.
+
+    Args:
+        dt: the argument of a scan.
+        bias: what the scan adds to it, or None; it broadcasts to `dt`.
+        positive: whether softplus follows.
+    """
+    step = dt.to(torch.promote_types(dt.dtype, torch.float32))
+    if bias is not None:
+        step = step + bias.to(step.dtype)
+    return softplus(step) if positive else step
+
+
+def state_outputs(scan: Callable[..., Any], *args: Tensor, **options: Any) -> Callable[[], Tensor]:
+    """Return a function that runs one of Mamba's scans without its skip and its gate."""
+
+    def outputs() -> Tensor:
+        y = scan(*args, **{**options, "D": None, "z": None})
+        found: Tensor = y[0] if isinstance(y, tuple) else y
+        return found
+
+    return outputs

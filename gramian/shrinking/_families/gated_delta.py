@@ -33,6 +33,7 @@ class GatedDelta(Family):
         "Qwen3NextGatedDeltaNet": "linear_key_head_dim",
         "Qwen3_5GatedDeltaNet": "linear_key_head_dim",
         "Qwen3_5MoeGatedDeltaNet": "linear_key_head_dim",
+        "Qwen4ExpTextGatedDeltaNet": "linear_key_head_dim",
         "OlmoHybridGatedDeltaNet": "linear_key_head_dim",
     }
     multiple = 16  # the smallest matrix product of the kernels

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from gramian.shrinking._families._scans import watch_scan
+from gramian.shrinking._families._scans import state_outputs, time_steps, watch_scan
 from gramian.shrinking._family import Call, Family, Shape, pick, register
 from gramian.shrinking._recurrence import Recurrence
 
@@ -102,12 +101,9 @@ def _read(
     **options: Any,
 ) -> Call:
     """Read the scan. Values and steps are (batch, channels, L), B and C are (batch, n, L)."""
-    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    step = dt.to(dtype)
-    if options.get("delta_bias") is not None:
-        step = step + options["delta_bias"].to(dtype)[:, None]
-    if options.get("delta_softplus"):
-        step = softplus(step)
+    bias = options.get("delta_bias")
+    bias = None if bias is None else bias[:, None]
+    step = time_steps(dt, bias, options.get("delta_softplus", False))
     recurrence = Recurrence(
         keys=B.mT.unsqueeze(1),
         queries=C.mT.unsqueeze(1),
@@ -116,9 +112,4 @@ def _read(
         decay_rates=A,
         rates=step,
     )
-
-    def outputs() -> Tensor:
-        y = scan(hidden_states, dt, A, B, C, **{**options, "D": None, "z": None})
-        return y[0] if isinstance(y, tuple) else y
-
-    return Call(recurrence, outputs)
+    return Call(recurrence, state_outputs(scan, hidden_states, dt, A, B, C, **options))

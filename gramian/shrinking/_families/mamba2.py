@@ -10,11 +10,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from gramian.shrinking._families._scans import watch_scan
+from gramian.shrinking._families._scans import state_outputs, time_steps, watch_scan
 from gramian.shrinking._family import Call, Family, Shape, pick, register
 from gramian.shrinking._recurrence import Recurrence
 
@@ -36,6 +34,9 @@ class Mamba2(Family):
 
     def shape(self, layer: Any) -> Shape:
         return Shape(layer.n_groups, layer.ssm_state_size, layer.num_heads * layer.head_dim)
+
+    def commutes(self, layer: Any) -> bool:
+        return True
 
     def watch(
         self, layer: Any, inputs: Tensor, visit: Callable[[Call], None]
@@ -65,25 +66,14 @@ def _read(
     **options: Any,
 ) -> Call:
     """Read the scan. Values are (batch, L, heads, N), B and C are (batch, L, groups, n)."""
-    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    step = dt.to(dtype)
-    if options.get("dt_bias") is not None:
-        step = step + options["dt_bias"].to(dtype)
-    if options.get("dt_softplus"):
-        step = softplus(step)
+    step = time_steps(dt, options.get("dt_bias"), options.get("dt_softplus", False))
     low, high = options.get("dt_limit", (0.0, float("inf")))
     step = step.clamp(low, high).mT  # (batch, heads, L)
     recurrence = Recurrence(
         keys=B.transpose(1, 2),
         queries=C.transpose(1, 2),
         values=hidden_states.transpose(1, 2),
-        log_decays=(A.to(dtype)[:, None] * step).unsqueeze(-1),
+        log_decays=(A.to(step.dtype)[:, None] * step).unsqueeze(-1),
         rates=step,
     )
-
-    def outputs() -> Tensor:
-        plain = {**options, "D": None, "z": None}
-        y = scan(hidden_states, dt, A, B, C, **plain)
-        return y[0] if isinstance(y, tuple) else y
-
-    return Call(recurrence, outputs)
+    return Call(recurrence, state_outputs(scan, hidden_states, dt, A, B, C, **options))

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from gramian.mixers.linear_attention import FEATURE_MAPS
 from gramian.shrinking._family import Call, Family, Shape, pick, register
 from gramian.shrinking._recurrence import Recurrence
 
@@ -63,7 +62,13 @@ class _Ours(Family):
         """
         raise NotImplementedError
 
-    def set_sizes(self, config: Any, sizes: dict[int, int], layers: dict[int, nn.Module]) -> None:
+    def set_sizes(
+        self,
+        config: Any,
+        sizes: dict[int, int],
+        layers: dict[int, nn.Module],
+        projected: bool = False,
+    ) -> None:
         given = config.mixers
         entries = list(given) if isinstance(given, list) else [given] * config.num_hidden_layers
         for index, layer in layers.items():
@@ -72,6 +77,8 @@ class _Ours(Family):
             options: Any = layer.config()  # type: ignore[operator]
             if "normalization" in options:  # its default depends on the number of states
                 one["normalization"] = options["normalization"]
+            if projected:
+                one["feature_size"] = layer.feature_size
             entries[index] = one | {"state_size": sizes[index]}
         config.mixers = entries
 
@@ -84,28 +91,45 @@ class GramianAttention(_Ours):
         ("LinearAttention", "WeightedLinearAttention", "GatedLinearAttention", "GLAS6"),
         "state_size",
     )
+    maps = True
+
+    def commutes(self, layer: Any) -> bool:
+        return bool(layer.scalar_gates)
 
     def recurrence(self, layer: Any, steps: Any, values: Tensor, mixed: Tensor) -> Recurrence:
         coefficients = steps.coefficients()
-        query = _heads(mixed, layer, 0)
-        feature_map: Callable[[Tensor], Tensor] = FEATURE_MAPS[layer.feature_map]
-        query = feature_map(query) * layer.state_size**-0.5
-        logs = _logarithms(coefficients.A)
+        query, _ = layer.map_features(*(_heads(mixed, layer, kind) for kind in (0, 1)))
+        gates = 1 if layer.scalar_gates else None
+        logs = _logarithms(coefficients.A[..., :gates])
         return Recurrence(coefficients.B, query, values, logs, epsilon=layer.norm.eps)
 
     def cut(self, layer: Any, kept: Tensor, energies: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         n, heads = layer.state_size, layer.heads
-        found = _cut_projection(layer, kept)
+        mapped = layer.key_map is not None
+        found = {} if mapped else _cut_projection(layer, kept)
         for name, tensor in layer.state_dict().items():
-            if name == "gate_proj.weight":
+            if name.endswith("_map"):
+                index = kept.to(tensor.device).unsqueeze(1).expand(-1, tensor.shape[1], -1)
+                found[name] = tensor.gather(2, index)
+            elif name == "gate_proj.weight" and len(tensor) == heads * n:
                 found[name] = pick(tensor, [n * head for head in range(heads)], n, kept)
             elif name.startswith("dynamics.") and tensor.shape == (heads, n):
                 found[name] = tensor.gather(1, kept.to(tensor.device))
-        # Queries are divided by the root of the number of states, and outputs are linear in values.
-        for name in ("short.weight", "short.bias"):
+        # Queries are divided by the root of the number of features, and outputs are linear in
+        # values. Behind maps, the number of features stays.
+        for name in () if mapped else ("short.weight", "short.bias"):
             rows = found[name].clone()
             rows[2 * kept.numel() :] *= math.sqrt(kept.shape[1] / n)
             found[name] = rows
+        return found
+
+    def project(self, layer: Any, keys: Tensor, queries: Tensor) -> dict[str, Tensor]:
+        found = {}
+        for name, new in (("key_map", keys), ("query_map", queries)):
+            old = getattr(layer, name)
+            given = layer.in_proj.weight if old is None else old
+            new = new.to(given.device).mT  # (heads, n, r)
+            found[name] = (new if old is None else old.to(new.dtype) @ new).to(given.dtype)
         return found
 
 
@@ -177,10 +201,10 @@ def _logarithms(gates: Tensor) -> Tensor:
 
 
 def _heads(mixed: Tensor, layer: Any, kind: int) -> Tensor:
-    """Return the queries (kind 0) or keys (kind 1) of all heads, (batch, heads, length, n)."""
-    size = layer.heads * layer.state_size
+    """Return the features of queries (kind 0) or keys (kind 1) before the feature map."""
+    size = layer.heads * layer.feature_size
     part = mixed[..., kind * size : (kind + 1) * size]
-    return part.unflatten(-1, (layer.heads, layer.state_size)).transpose(1, 2)
+    return part.unflatten(-1, (layer.heads, layer.feature_size)).transpose(1, 2)
 
 
 def _cut_projection(layer: Any, kept: Tensor) -> dict[str, Tensor]:
