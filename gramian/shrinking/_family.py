@@ -58,18 +58,18 @@ class Family(abc.ABC):
             take all numbers.
         note: what changes besides the dropped coordinates, in one sentence; empty if nothing does.
         per_layer: whether the configuration may have a size for each layer.
-        maps: whether layers can hold linear maps of keys and queries, so that their states can be
-            projected.
         fused: names of a layer's linear maps whose weights fused kernels read by themselves, so
             that they do not see an adapter.
+        maps: whether layers can hold linear maps of keys and queries, so that their states can be
+            projected.
     """
 
     layers: dict[str, str]
     multiple: int = 1
     note: str = ""
     per_layer: bool = False
-    maps: bool = False
     fused: tuple[str, ...] = ()
+    maps: bool = False
 
     def refusal(self, layer: nn.Module) -> str | None:
         """Return why the state of a layer cannot be made smaller, or None if it can."""

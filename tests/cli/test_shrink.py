@@ -71,16 +71,6 @@ def test_shrink_within_a_budget_lets_layers_differ(workplace: Path, call: Call) 
     assert load(workplace / "number").config.mixers[0]["state_size"] == 3
 
 
-def test_shrink_projects_states(workplace: Path, call: Call) -> None:
-    arguments = "shrink linear projected --text text.txt --keep 3 --projection --context 40 --json"
-    status, out, err = call(arguments, workplace)
-    assert status == 0, err
-    found = json.loads(out)
-    assert found["projection"] and found["layers"][0]["projection"]["error"] > 0
-    mixers = load(workplace / "projected").config.mixers
-    assert [(one["state_size"], one["feature_size"]) for one in mixers] == [(3, 8)] * 2
-
-
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_shrink_recovers_what_was_lost(workplace: Path, call: Call, method: str) -> None:
     if method == "lora":
@@ -95,6 +85,16 @@ def test_shrink_recovers_what_was_lost(workplace: Path, call: Call, method: str)
     assert (done["steps"], done["method"], done["learning_rate"]) == (30, method, 3e-3)
     assert done["divergence_after"] < done["divergence_before"]
     assert load(workplace / method).config.mixers[0]["state_size"] == 2
+
+
+def test_shrink_projects_states(workplace: Path, call: Call) -> None:
+    arguments = "shrink linear projected --text text.txt --keep 3 --projection --context 40 --json"
+    status, out, err = call(arguments, workplace)
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["projection"] and found["layers"][0]["projection"]["error"] > 0
+    mixers = load(workplace / "projected").config.mixers
+    assert [(one["state_size"], one["feature_size"]) for one in mixers] == [(3, 8)] * 2
 
 
 @pytest.mark.parametrize(
