@@ -42,8 +42,11 @@ from gramian.analysis._values import (
 
 __all__ = ["find_moves", "find_pairs", "find_values"]
 
-_CLASSES = 512
+_CLASSES = 256
 """The largest number of channels that may be answered in the same channel."""
+
+_DISTINCT = 1024
+"""The largest number of distinct operators with which others are compared."""
 
 _SAME = 3e-5
 """The largest relative difference between the operators of the channels of one head."""
@@ -391,11 +394,18 @@ def _check(maps: Tensor, values: Tensor, outputs: Tensor, dtype: torch.dtype) ->
 
 
 def _equal(maps: Tensor) -> Tensor:
-    """Return for each of the maps (K, L, L) the index of the distinct map that it equals."""
+    """Return for each of the maps (K, L, L) the index of the distinct map that it equals.
+
+    After many distinct maps, every further one counts as distinct.
+    """
     flat = maps.reshape(len(maps), -1)
     operator = torch.full((len(maps),), -1)
     count = 0
     while bool((operator < 0).any()):
+        if count == _DISTINCT:
+            rest = (operator < 0).nonzero().flatten()
+            operator[rest] = count + torch.arange(len(rest))
+            break
         first = int((operator < 0).nonzero()[0, 0])
         open_ = (operator < 0).nonzero().flatten()
         near = (flat[open_] - flat[first]).norm(dim=-1) <= _SAME * flat[first].norm()

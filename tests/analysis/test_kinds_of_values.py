@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gramian
+from gramian.analysis import _general
 from tests.analysis.test_general import (
     HEADS,
     LENGTH,
@@ -412,3 +413,15 @@ def test_streams_that_lie_one_after_the_other_are_read(length: int) -> None:
     assert {operator.name for operator, _ in found} == {"inner"}
     maps = softmax_map(model.inner, x[0]).detach()
     assert same_sets(torch.cat([m for _, m in found]), torch.cat([maps, maps.tril(-1)]))
+
+
+def test_many_distinct_operators_are_not_compared_with_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_general, "_DISTINCT", 3)
+    model, x = Grouped().eval(), torch.randn(1, LENGTH, WIDTH)
+    found, unread = recorded(model, x)
+    assert not unread
+    assert [operator.count for operator, _ in found] == [WIDTH, WIDTH * SIZE]
+    kernels = model.second.weight.detach().reshape(-1, 2)
+    assert same_sets(found[1][1], kernels_as_matrices(kernels, LENGTH))
