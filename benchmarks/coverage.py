@@ -562,7 +562,7 @@ def main() -> None:
         "--types", help="Types to examine, with commas; the results are printed, and not kept."
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Number of processes.")
-    parser.add_argument("--limit", type=int, default=180, help="Seconds that a type may take.")
+    parser.add_argument("--limit", type=int, default=600, help="Seconds that a type may take.")
     parser.add_argument("--fresh", action="store_true", help="Examine finished types again.")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--page", type=Path, default=_PAGE, help="Markdown file of the results.")

@@ -60,7 +60,8 @@ def analyze(
 ) -> StateReport:
     """Measure the effective state-size of every layer, head and position of a model on one input.
 
-    The model runs once on a short sequence, which shows what mixes tokens, and then once on the
+    The model runs once on a short sequence, which shows what mixes tokens; once on at most 1,024
+    tokens of the input, which shows what mixes only tokens that are far apart; and then once on the
     whole input. Each causal operator is measured when its layer runs and is then dropped, so the
     operators of no more than one layer are held at once. What the layers compute does not change.
 
@@ -68,7 +69,9 @@ def analyze(
     `gramian.mixers`; attention, from its maps; the scans of state-space models, delta rules and
     linear attention, exactly and from their arguments; and all others, such as short and dilated
     convolutions and shifts of tokens, from their responses to impulses. An operator counts only if
-    it predicts what the layer returns. The report names all other layers that mix tokens.
+    it predicts what the layer returns. A convolution over all channels of a group has an operator
+    for each pair of an input and an output channel. The report names all other layers that mix
+    tokens; those that mix only tokens more than 1,024 positions apart are not found.
 
     Args:
         model: A model of Gramian or of transformers, or any module that contains mixers of

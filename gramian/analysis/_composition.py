@@ -63,7 +63,7 @@ def find_feed(
     """
     call, found = convolution
     y: Tensor = leaves_of(call.result)[found.result]
-    if found.classes or found.integers:
+    if found.classes or found.integers or max(found.streams) > 1:
         return None
     count = window(y, found.result_axis, length, found.padded_before)[0].numel()
     base = values_of(layer)

@@ -32,12 +32,21 @@ from gramian.analysis._responses import (
     sources,
 )
 from gramian.analysis._tracing import Call
-from gramian.analysis._values import is_padded_before, leaves_of, sequences_in, time_axis
+from gramian.analysis._values import (
+    is_padded_before,
+    leaves_of,
+    sequences_in,
+    streams_of,
+    time_axis,
+)
 
 __all__ = ["find_moves", "find_pairs", "find_values"]
 
-_CLASSES = 512
+_CLASSES = 256
 """The largest number of channels that may be answered in the same channel."""
+
+_DISTINCT = 1024
+"""The largest number of distinct operators with which others are compared."""
 
 _SAME = 3e-5
 """The largest relative difference between the operators of the channels of one head."""
@@ -63,8 +72,8 @@ def find_values(call: Call, length: int, padding: int = 0, budget: int = 64) -> 
     """
     reasons = []
     candidates = [
-        Responses(call, leaf, axis, length)
-        for leaf, _, axis in sequences_in(call.inputs, length, length + padding)
+        Responses(call, leaf, axis, length, streams=(streams_of(x.shape[axis], length), 1))
+        for leaf, x, axis in sequences_in(call.inputs, length, length + padding)
     ]
     for limit in dict.fromkeys((1, budget)):
         for responses in candidates:
@@ -86,9 +95,11 @@ def find_pairs(call: Call, length: int, padding: int = 0) -> ValueMap:
         Unreadable: if no argument carries such values.
     """
     reasons = ["no argument of it is a sequence."]
-    for leaf, _, axis in sequences_in(call.inputs, length, length + padding):
+    for leaf, x, axis in sequences_in(call.inputs, length, length + padding):
+        streams = (streams_of(x.shape[axis], length), 1)
+        responses = Responses(call, leaf, axis, length, streams=streams)
         try:
-            return _Search(Responses(call, leaf, axis, length), padding, 1).pairs_found()
+            return _Search(responses, padding, 1).pairs_found()
         except Unreadable as reason:
             reasons.append(str(reason))
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError) as e:
@@ -152,7 +163,7 @@ def _integers(value: Any, length: int, longest: int) -> list[tuple[int, int]]:
         (index, axis)
         for index, x in enumerate(leaves_of(value))
         if (axis := time_axis(x, length, longest)) is not None
-        and x.numel() == x.shape[axis]
+        and x.numel() == x.shape[axis] <= longest
         and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
     ]
 
@@ -247,6 +258,7 @@ class _Search:
                 continue
             self.run.result, self.run.result_axis = index, axis
             self.run.padded_before = is_padded_before(x, y, axis, self.length, at)
+            self.run.streams = (self.run.streams[0], streams_of(x.shape[axis], self.length))
             difference = (self.run.flat(y) - self.run.flat(x)).norm(dim=-1)
             if float(difference[at + 1 :].max()) > 1e-5 * float(
                 self.run.flat(x).norm(dim=-1).max()
@@ -367,6 +379,7 @@ class _Search:
             taps=_taps(rows),
             stochastic=stochastic,
             padded_before=run.padded_before,
+            streams=run.streams,
         )
 
 
@@ -381,11 +394,18 @@ def _check(maps: Tensor, values: Tensor, outputs: Tensor, dtype: torch.dtype) ->
 
 
 def _equal(maps: Tensor) -> Tensor:
-    """Return for each of the maps (K, L, L) the index of the distinct map that it equals."""
+    """Return for each of the maps (K, L, L) the index of the distinct map that it equals.
+
+    After many distinct maps, every further one counts as distinct.
+    """
     flat = maps.reshape(len(maps), -1)
     operator = torch.full((len(maps),), -1)
     count = 0
     while bool((operator < 0).any()):
+        if count == _DISTINCT:
+            rest = (operator < 0).nonzero().flatten()
+            operator[rest] = count + torch.arange(len(rest))
+            break
         first = int((operator < 0).nonzero()[0, 0])
         open_ = (operator < 0).nonzero().flatten()
         near = (flat[open_] - flat[first]).norm(dim=-1) <= _SAME * flat[first].norm()

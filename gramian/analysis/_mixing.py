@@ -59,7 +59,9 @@ def short_lengths(model: nn.Module, longest: int) -> list[tuple[int, int]]:
         for lengths in ((*_LENGTHS, *far), _SHORTER)
         for padding in _PADDINGS
         for length in lengths
-        if length >= least and not sizes.intersection(range(length, length + padding + 1))
+        if length >= least
+        and not sizes.intersection(range(length, length + padding + 1))
+        and not sizes.intersection((2 * length, 3 * length, 4 * length))
     ]
     return fitting or [(max(_LENGTHS[0], least), 0)]
 

@@ -40,6 +40,7 @@ _CALLS = 200  # the largest number of calls of one module that are tried
 _SEGMENTS = 100  # the largest number of its segments that are tried
 _FAILURES = 2  # after as many failures, modules of the same class are not searched again
 _GENERAL = 16  # the largest number of blocks of channels that are tried in other calls
+_OPERATION = 4  # the same in an operation of torch, whose values may be of several streams
 _BLOCKS = 128  # the largest number of blocks of channels that are tried in a segment
 
 
@@ -335,7 +336,7 @@ class Planner:
         for call in self._segments(frame):
             yield call, _BLOCKS
         for call in self._calls(frame, frozen, {("operation", "")})[:_CALLS]:
-            yield call, 1
+            yield call, _OPERATION
         if not frozen and way != "general":  # projections would make pairs of all channels
             yield module_call(self.tracer, frame, self.length), _BLOCKS
 

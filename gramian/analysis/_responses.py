@@ -44,6 +44,8 @@ class Responses:
         result: Index of the result among the leaves of the call's result.
         result_axis: Axis of time of the result. It may have more than `length` positions.
         padded_before: Whether the last `length` of them count, instead of the first.
+        streams: How many sequences lie one after the other along the axis of the argument, and
+            along that of the result. They count as channels.
     """
 
     def __init__(
@@ -55,10 +57,11 @@ class Responses:
         result: int = 0,
         result_axis: int = 0,
         padded_before: bool = False,
+        streams: tuple[int, int] = (1, 1),
     ) -> None:
         self.call, self.leaf, self.axis, self.length = call, leaf, axis, length
         self.result, self.result_axis = result, result_axis
-        self.padded_before = padded_before
+        self.padded_before, self.streams = padded_before, streams
         self.base: Tensor = leaves_of(call.inputs)[leaf]
         rows = self.base.movedim(axis, 0)
         self._shape, self._padding = rows.shape, len(rows) - length
@@ -68,13 +71,16 @@ class Responses:
     @property
     def values(self) -> Tensor:
         """Return the values of the call itself, (L, C)."""
-        rows = window(self.base, self.axis, self.length, padded_before=True)
+        rows = window(self.base, self.axis, self.length, True, self.streams[0])
         return rows.reshape(self.length, -1).to(self.dtype)
 
     def outputs(self, values: Tensor) -> list[Tensor]:
         """Return all leaves of the result for values (L, C)."""
         rows = values.to(self.base.dtype)
-        if self._padding:
+        if self.streams[0] > 1:
+            series = rows.unflatten(-1, (self.streams[0], -1))  # (L, streams, channels)
+            rows = series.movedim(1, 0).flatten(0, 1)
+        elif self._padding:
             before = self.base.movedim(self.axis, 0)[: self._padding]
             rows = torch.cat([before.reshape(self._padding, -1), rows])
         given = rows.reshape(self._shape).movedim(0, self.axis).contiguous()
@@ -87,7 +93,9 @@ class Responses:
 
     def flat(self, output: Tensor) -> Tensor:
         """Return a result as (L, O)."""
-        rows = window(output.detach(), self.result_axis, self.length, self.padded_before)
+        rows = window(
+            output.detach(), self.result_axis, self.length, self.padded_before, self.streams[1]
+        )
         return rows.reshape(self.length, -1).to(self.dtype)
 
 
@@ -111,6 +119,7 @@ class ValueMap:
             channels of their own. Then each pair of channels has an operator.
         padded_before: whether further positions of the result come before the sequence.
         integers: whether the values are integers, which are moved.
+        streams: how many sequences lie one after the other in the argument, and in the result.
     """
 
     leaf: int
@@ -126,6 +135,7 @@ class ValueMap:
     classes: tuple[Tensor, ...] = ()
     padded_before: bool = False
     integers: bool = False
+    streams: tuple[int, int] = (1, 1)
 
     def of(self, call: Call, length: int) -> Responses:
         """Return the responses of another call of the same kind."""
@@ -137,13 +147,14 @@ class ValueMap:
             if index >= len(found) or not isinstance(found[index], Tensor):
                 raise Unreadable("its arguments differ from those on the first tokens.")
             x = found[index]
-            if x.ndim <= axis or x.shape[axis] < length:
+            streams = self.streams[found is results]
+            if x.ndim <= axis or x.shape[axis] < streams * length:
                 raise Unreadable(
                     f"it works on {x.shape[axis] if x.ndim > axis else 1} positions instead of the "
                     f"{length} of the text."
                 )
         places = (self.leaf, self.axis, length, self.result, self.result_axis)
-        return Responses(call, *places, self.padded_before)
+        return Responses(call, *places, self.padded_before, self.streams)
 
 
 def measure_operators(responses: Responses, found: ValueMap, operators: Sequence[int]) -> Tensor:

@@ -17,11 +17,15 @@ __all__ = [
     "leaves_of",
     "perturbed",
     "sequences_in",
+    "streams_of",
     "time_axis",
     "window",
     "with_leaf",
     "with_leaves",
 ]
+
+_STREAMS = 4
+"""The largest number of sequences that may lie one after the other along one axis."""
 
 _CHANGE = 1e-5
 """The least relative change of a position that counts, in single precision."""
@@ -92,13 +96,15 @@ def time_axis(x: Any, length: int, longest: int = 0) -> int | None:
         length: The number of positions.
         longest: If it is above `length` and no axis has `length` positions, an axis with more
             positions, up to `longest`, counts too. Convolutions that pad on both sides return such
-            tensors.
+            tensors. So does an axis of several streams, one sequence after the other.
     """
     if not isinstance(x, Tensor) or x.ndim == 0:
         return None
     fitting = [d for d in range(x.ndim) if x.shape[d] == length]
     if not fitting:
         fitting = [d for d in range(x.ndim) if length < x.shape[d] <= longest]
+    if not fitting:
+        fitting = [d for d in range(x.ndim) if streams_of(x.shape[d], length) > 1]
     if not fitting:
         return None
     size = min(x.shape[d] for d in fitting)
@@ -115,11 +121,20 @@ def sequences_in(value: Any, length: int, longest: int = 0) -> Iterator[tuple[in
         axis = time_axis(leaf, length, longest)
         if axis is None or not leaf.is_floating_point():
             continue
-        if sum(size == length for size in leaf.shape) == 1 or leaf.shape[axis] != length:
+        axes = sum(size == length or streams_of(size, length) > 1 for size in leaf.shape)
+        if axes == 1 or (leaf.shape[axis] != length and length < leaf.shape[axis] <= longest):
             yield index, leaf, axis
 
 
-def window(x: Tensor, axis: int, length: int, padded_before: bool) -> Tensor:
+def streams_of(size: int, length: int) -> int:
+    """Return how many sequences lie one after the other along an axis of a size: 1 to 4."""
+    count, rest = divmod(size, length)
+    return count if not rest and 2 <= count <= _STREAMS else 1
+
+
+def window(
+    x: Tensor, axis: int, length: int, padded_before: bool, streams: int | None = None
+) -> Tensor:
     """Return the positions of a sequence as a view with the axis of time in front.
 
     Args:
@@ -128,8 +143,13 @@ def window(x: Tensor, axis: int, length: int, padded_before: bool) -> Tensor:
         length: The number of positions.
         padded_before: Whether further positions come before the sequence, as in the arguments of a
             call. In the results of a call they may come after it, too.
+        streams: The number of sequences along the axis. They become a dimension after that of time.
+            By default it follows from the size.
     """
     rows = x.movedim(axis, 0)
+    streams = streams_of(len(rows), length) if streams is None else streams
+    if streams > 1:
+        return rows.unflatten(0, (streams, length)).movedim(1, 0)
     return rows[len(rows) - length :] if padded_before else rows[:length]
 
 
@@ -147,7 +167,7 @@ def is_padded_before(x: Tensor, y: Tensor, axis: int, length: int, position: int
         position: The position.
     """
     further = x.shape[axis] - length
-    if not further:
+    if not further or streams_of(x.shape[axis], length) > 1:
         return False
     changed = changed_positions(x.movedim(axis, 0), y.movedim(axis, 0))
     return bool(changed) and min(changed) >= position + further
@@ -179,7 +199,13 @@ def perturbed(
             rows[position] += scale * noise.to(rows)
     for index, x in enumerate(leaves):
         along = time_axis(x, length)
-        if along is None or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        if (
+            along is None
+            or x.shape[along] != length
+            or x.is_floating_point()
+            or x.is_complex()
+            or x.dtype == torch.bool
+        ):
             continue
         other = _other_integers(x, along, positions)
         if other is not None:

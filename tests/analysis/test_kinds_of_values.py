@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gramian
+from gramian.analysis import _general
 from tests.analysis.test_general import (
     HEADS,
     LENGTH,
@@ -21,7 +22,9 @@ from tests.analysis.test_general import (
     Sink,
     Toy,
     heads_of,
+    joined,
     recorded,
+    softmax_map,
 )
 
 
@@ -374,3 +377,51 @@ def test_models_of_few_positions_are_read(mixer: type[Toy], count: int) -> None:
 def test_positions_that_are_not_integers_are_refused() -> None:
     with pytest.raises(TypeError, match=r"positions must be integers; got \[1.5\]"):
         gramian.analyze(Sink().eval(), torch.randn(1, LENGTH, WIDTH), at=[1.5])  # type: ignore[list-item]
+
+
+class Streams(Toy):
+    """Two streams, one after the other: the second one also reads the past of the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1] // 2
+        maps = softmax_map(self, x[0, :length])
+        main, other = self.v(x[0]).split(length)
+        past, present = (heads_of(values) for values in (main, other))
+        strict = maps.tril(-1)
+        answers = torch.matmul(
+            torch.cat([strict, maps - strict], -1), torch.cat([past, present], 1)
+        )
+        return torch.cat([self.o(joined(maps @ past)), self.o(joined(answers))], 1)
+
+
+class InStreams(Toy):
+    """Streams that are made of one sequence, and the second of which is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Streams()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(torch.cat([x, self.g(x)], 1))[:, x.shape[1] :]
+
+
+@pytest.mark.parametrize("length", [3, LENGTH, 63])
+def test_streams_that_lie_one_after_the_other_are_read(length: int) -> None:
+    model, x = InStreams().eval(), torch.randn(1, length, WIDTH)
+    found, unread = recorded(model, x)
+    assert not unread
+    assert {operator.name for operator, _ in found} == {"inner"}
+    maps = softmax_map(model.inner, x[0]).detach()
+    assert same_sets(torch.cat([m for _, m in found]), torch.cat([maps, maps.tril(-1)]))
+
+
+def test_many_distinct_operators_are_not_compared_with_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_general, "_DISTINCT", 3)
+    model, x = Grouped().eval(), torch.randn(1, LENGTH, WIDTH)
+    found, unread = recorded(model, x)
+    assert not unread
+    assert [operator.count for operator, _ in found] == [WIDTH, WIDTH * SIZE]
+    kernels = model.second.weight.detach().reshape(-1, 2)
+    assert same_sets(found[1][1], kernels_as_matrices(kernels, LENGTH))
