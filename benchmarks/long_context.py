@@ -7,7 +7,7 @@ agreement: estimates the state-sizes of all heads of SmolLM2-135M on 2,048 token
     positions, with a tolerance of 1 %, and compares them with exact ones from the maps.
     (Required: at least 95 % within the stated error.)
 model: measures all heads of SmolLM2-135M on 8,192 tokens at 64 positions, with a tolerance of 1 %.
-    (Required: 600 s on 2 quiet cores.)
+    (Required: 600 s on 2 quiet cores.) `--layers N` stops after N layers.
 head: measures one head at 16,384 tokens at 64 positions, with its rows kept (if 1 GiB suffices) and
     computed again for every product.
 
@@ -19,7 +19,7 @@ Each part writes its own file, `results/long_context_PART.json`, with the load a
 after. A load average above the number of threads means that the machine was not quiet.
 
     python benchmarks/long_context.py [--parts agreement model head] [--threads N]
-        [--output FOLDER]
+        [--layers N] [--output FOLDER]
 """
 
 import argparse
@@ -35,6 +35,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import contextlib
 
 from benchmarks._child import resident_peak, run
 from benchmarks._report import write
@@ -109,7 +111,11 @@ def agreement(length: int = 2048, count: int = 16) -> dict[str, Any]:
     }
 
 
-def model(length: int = 8192, count: int = 64) -> dict[str, Any]:
+class _Enough(Exception):
+    """As many layers as were asked for are measured."""
+
+
+def model(layers: int | None = None, length: int = 8192, count: int = 64) -> dict[str, Any]:
     loaded = text_and_model(length)
     if loaded is None:
         return {"left_out": True}
@@ -119,21 +125,31 @@ def model(length: int = 8192, count: int = 64) -> dict[str, Any]:
     def progress(now: int, known: int) -> None:
         done.append(time.perf_counter())
         print(f"layer {now} of {known}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+        if now == layers:
+            raise _Enough
 
     start, processor = time.perf_counter(), time.process_time()
-    report = analysis.analyze(
-        network, tokens, positions=count, tolerance=TOLERANCE, progress=progress
-    )
+    report = None
+    with contextlib.suppress(_Enough):
+        report = analysis.analyze(
+            network, tokens, positions=count, tolerance=TOLERANCE, progress=progress
+        )
     elapsed = time.perf_counter() - start
-    relative = [layer.error / layer.ess for layer in report.layers if layer.error is not None]
-    return {
+    measured = {
         "tokens": length,
         "positions": count,
         "tolerance": TOLERANCE,
-        "heads": sum(len(layer.channels) for layer in report.layers),
+        "layers": len(done),
+        "layers_of_the_model": network.config.num_hidden_layers,
         "seconds": elapsed,
         "processor_seconds": time.process_time() - processor,
         "seconds_after_layers": [moment - start for moment in done],
+    }
+    if report is None:
+        return measured | {"peak_memory_gib": resident_peak() / 2**10}
+    relative = [layer.error / layer.ess for layer in report.layers if layer.error is not None]
+    return measured | {
+        "heads": sum(len(layer.channels) for layer in report.layers),
         "largest_stated_relative_error": float(torch.cat(relative).max()),
         "within_tolerance": float((torch.cat(relative) <= TOLERANCE).double().mean()),
         "mean_ess_of_layers": [float(layer.ess.mean()) for layer in report.layers],
@@ -175,17 +191,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--layers", type=int, help="measure the first layers only (part model)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--child", choices=PARTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.child:
-        measured = {"agreement": agreement, "model": model, "head": head}[arguments.child]()
+        if arguments.child == "model":
+            measured = model(arguments.layers)
+        else:
+            measured = {"agreement": agreement, "head": head}[arguments.child]()
         print(json.dumps(measured))
         return
     for part in arguments.parts:
         before = os.getloadavg()[0]
         command = [__file__, "--child", part, "--threads", str(arguments.threads)]
+        if arguments.layers is not None:
+            command += ["--layers", str(arguments.layers)]
         result = run(command, part)
         if result is None:
             raise SystemExit(f"{part}: there is not enough memory.")

@@ -10,25 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gramian
-from gramian.analysis._inputs import read_inputs
-from gramian.analysis._recording import RecordedOperator, Recorder
-from tests.analysis.toys import LENGTH, TOYS, WIDTH, Sink, Toy, Two
-
-
-def recorded(
-    model: nn.Module, x: Tensor, length: int | None = None
-) -> tuple[list[tuple[RecordedOperator, Tensor]], Any]:
-    """The operators of a model with their matrices (count, L, L), and what was not read."""
-    length = x.shape[-2] if length is None else length
-    found: list[tuple[RecordedOperator, Tensor]] = []
-
-    def visit(operator: RecordedOperator) -> None:
-        system = operator.system(slice(0, operator.count))
-        found.append((operator, system.matrix(length).reshape(-1, length, length)))
-
-    recorder = Recorder(model, visit)
-    recorder.record(read_inputs(x, None))
-    return found, recorder.unread()
+from tests.analysis.toys import LENGTH, TOYS, WIDTH, Sink, Toy, Two, recorded
 
 
 @pytest.mark.parametrize("length", [3, LENGTH, 63, 130])

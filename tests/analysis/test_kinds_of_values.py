@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import gramian
 from gramian.analysis import _general
-from tests.analysis.test_general import (
+from tests.analysis.toys import (
     HEADS,
     LENGTH,
     SIZE,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gramian.analysis._inputs import read_inputs
+from gramian.analysis._recording import RecordedOperator, Recorder
 
 LENGTH, WIDTH = 29, 12
 HEADS, SIZE = 3, 4  # WIDTH = HEADS * SIZE
@@ -167,3 +172,19 @@ class Two(Toy):
             state = gate * state + value
             rows.append(state)
         return torch.stack(rows)
+
+
+def recorded(
+    model: nn.Module, x: Tensor, length: int | None = None
+) -> tuple[list[tuple[RecordedOperator, Tensor]], Any]:
+    """The operators of a model with their matrices (count, L, L), and what was not read."""
+    length = x.shape[-2] if length is None else length
+    found: list[tuple[RecordedOperator, Tensor]] = []
+
+    def visit(operator: RecordedOperator) -> None:
+        system = operator.system(slice(0, operator.count))
+        found.append((operator, system.matrix(length).reshape(-1, length, length)))
+
+    recorder = Recorder(model, visit)
+    recorder.record(read_inputs(x, None))
+    return found, recorder.unread()

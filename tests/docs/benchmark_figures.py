@@ -316,8 +316,10 @@ def _long_agreement(r: Results) -> str:
 
 
 def _long_model(r: Results) -> str:
-    run = r["model"]
-    return f"{run['seconds']:,.0f} s, {run['peak_memory_gib']:.1f} GiB"
+    run, whole = r["model"], ""
+    if run["layers"] < run["layers_of_the_model"]:
+        whole = f" for {run['layers']} of {run['layers_of_the_model']} layers"
+    return f"{run['seconds']:,.0f} s{whole}, {run['peak_memory_gib']:.1f} GiB"
 
 
 def _long_head(r: Results) -> str:
