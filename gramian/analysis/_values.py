@@ -96,7 +96,8 @@ def time_axis(x: Any, length: int, longest: int = 0) -> int | None:
         length: The number of positions.
         longest: If it is above `length` and no axis has `length` positions, an axis with more
             positions, up to `longest`, counts too. Convolutions that pad on both sides return such
-            tensors. So does an axis of several streams, one sequence after the other.
+            tensors. So does an axis of several streams, one sequence after the other, but not the
+            first axis: copies of tokens, as for several experts, lie there in any order.
     """
     if not isinstance(x, Tensor) or x.ndim == 0:
         return None
@@ -104,7 +105,7 @@ def time_axis(x: Any, length: int, longest: int = 0) -> int | None:
     if not fitting:
         fitting = [d for d in range(x.ndim) if length < x.shape[d] <= longest]
     if not fitting:
-        fitting = [d for d in range(x.ndim) if streams_of(x.shape[d], length) > 1]
+        fitting = [d for d in range(1, x.ndim) if streams_of(x.shape[d], length) > 1]
     if not fitting:
         return None
     size = min(x.shape[d] for d in fitting)
@@ -121,7 +122,10 @@ def sequences_in(value: Any, length: int, longest: int = 0) -> Iterator[tuple[in
         axis = time_axis(leaf, length, longest)
         if axis is None or not leaf.is_floating_point():
             continue
-        axes = sum(size == length or streams_of(size, length) > 1 for size in leaf.shape)
+        axes = sum(
+            size == length or (d > 0 and streams_of(size, length) > 1)
+            for d, size in enumerate(leaf.shape)
+        )
         if axes == 1 or (leaf.shape[axis] != length and length < leaf.shape[axis] <= longest):
             yield index, leaf, axis
 
