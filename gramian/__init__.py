@@ -14,8 +14,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gramian._waiting import wait_briefly
-
 if TYPE_CHECKING:
     from gramian import ess, filters, memory, mixers, ops, reduction, systems
     from gramian.analysis import StateReport, analyze
@@ -34,8 +32,6 @@ if TYPE_CHECKING:
         TimeVarying,
         TransferFunction,
     )
-
-wait_briefly()
 
 __version__ = "0.1.0"
 

@@ -330,28 +330,6 @@ def _long_head(r: Results) -> str:
     )
 
 
-def _contention(*cases: str) -> Callable[[Results], str]:
-    """Milliseconds of cases: one quiet thread, and all threads beside another busy process."""
-
-    def figure(r: Results) -> str:
-        found = []
-        for case in cases:
-            quiet, busy = r["cases"][case]["quiet"], r["cases"][case]["busy"]
-            figures = [
-                f"quiet {quiet['gramian']['median']:,.0f}",
-                f"one thread {quiet['one thread']['median']:,.0f}",
-                f"busy {busy['gramian']['median']:,.0f}"
-                f" (slowest {busy['gramian']['slowest']:,.0f})",
-                f"busy with long waits {busy['long waits']['median']:,.0f}",
-            ]
-            if "published" in busy:
-                figures.append(f"published, busy {busy['published']['median']:,.0f}")
-            found.append(f"{', '.join(figures)} ms")
-        return "; ".join(found)
-
-    return figure
-
-
 def _wholly_read(r: Results) -> str:
     return f"{r['summary']['verdicts']['read']} of {r['summary']['types']}"
 
@@ -593,14 +571,6 @@ FIGURES: dict[str, list[Row]] = {
         ("ess_attention", _attention),
         ("ess_attention", _attention_long),
         ("ess_application", _application),
-    ],
-    "Other processes": [
-        ("contention", _contention("layer 1024")),
-        ("contention", _contention("layer 4096")),
-        ("contention", _contention("demo step")),
-        ("contention", _contention("decode")),
-        ("contention", _contention("reduce")),
-        ("contention", _contention("analyze")),
     ],
     "Coverage of architectures": [
         ("coverage", _wholly_read),
