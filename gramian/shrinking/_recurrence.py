@@ -175,11 +175,11 @@ class Heads:
                 squares = _weights(y, self.epsilon).square()  # (h, T, 1)
                 left, weighted = squares[..., 0] * decays, squares * between
             outer = (queries.mT * (left * decays).unsqueeze(1)) @ queries  # (h, n, n)
-            total += torch.einsum("hij,hij->ij", outer, state @ state.mT)
+            total += (outer * (state @ state.mT)).sum(0)
             pairs = queries.unsqueeze(1) * keys  # (T, T, n): t, s
             mixed = torch.einsum("hts,hsn->tsn", left.unsqueeze(-1) * between, writes @ state.mT)
             own = weighted.unsqueeze(-1) * between.unsqueeze(2)  # (h, T, T, T): t, s, r
-            own = torch.einsum("htsr,hsr->tsr", own, writes @ writes.mT)
+            own = (own * (writes @ writes.mT).unsqueeze(1)).sum(0)  # (T, T, T)
             half = queries.unsqueeze(1) * mixed + 0.5 * (own @ pairs)  # (T, T, n)
             both = pairs.flatten(0, 1).mT @ half.flatten(0, 1)
             total += both + both.mT

@@ -266,6 +266,24 @@ def _weighted_loss(filter: str, order: int) -> Callable[[Results], str]:
     return text
 
 
+def _shrunk(task: str, model: str, share: float) -> Callable[[Results], str]:
+    """What every way of choosing states loses, before and after the recovery."""
+
+    def text(r: Results) -> str:
+        parts = []
+        for when in ("before", "after"):
+            (row,) = [
+                c
+                for c in r["comparisons"]
+                if (c["task"], c["model"], c["share"], c["when"]) == (task, model, share, when)
+            ]
+            ways = ("shrink", "diagonal", "weights", "random")
+            parts.append(", ".join(f"{row['worse'][way]:+.1%}" for way in ways))
+        return "; after: ".join(parts)
+
+    return text
+
+
 def _random_poles(states: int) -> Callable[[Results], str]:
     def text(r: Results) -> str:
         rows = r["1024 taps"]["random poles"]
@@ -544,6 +562,12 @@ FIGURES: dict[str, list[Row]] = {
             for size in (16, 8, 4)
         ),
         ("state_projection", _predicted(16)),
+    ],
+    "Smaller states of recurrences": [
+        ("shrink", _shrunk(task, model, share))
+        for task in ("text", "recall")
+        for model in ("Mamba2", "Gated DeltaNet", "GLA")
+        for share in (0.5, 0.25)
     ],
     "Packed rows": [
         ("packing", _packing("alike")),
