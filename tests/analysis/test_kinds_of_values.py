@@ -316,7 +316,10 @@ class Distant(Toy):
         return self.o(x + 0.5 * moved)
 
 
-@pytest.mark.parametrize(("length", "named"), [(240, True), (1300, True), (60, False)])
+@pytest.mark.parametrize(
+    ("length", "named"),
+    [(240, True), pytest.param(1300, True, marks=pytest.mark.slow), (60, False)],
+)
 def test_mixing_of_positions_that_are_far_apart_is_named(length: int, named: bool) -> None:
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Sink(), Distant(70)).eval()
     report = gramian.analyze(model, torch.randn(1, length, WIDTH), at=[20])
