@@ -111,10 +111,10 @@ def run(kind: str, task: Task, seed: int, divisor: int, folder: Path) -> dict[st
     windows, _ = task.draw(task.windows, "train", (seed, 10**6))
     scored = task.draw(task.scored, "held_out", (0,))
     layers = list(find_layers(model))
-    chosen_by, _ = split_windows(windows, seed)
+    chosen_by, held_out = split_windows(windows, seed)
     importance = measure_importance(model, layers, chosen_by)
     choices = Choices.of(layers, importance, 1)
-    chooser = _Run(model, layers, choices, chosen_by)
+    chooser = _Run(model, layers, choices, chosen_by, held_out)
     steps = max(1, task.steps // divisor)
     recovery = Recovery(steps, learning_rate=1e-3, batch=task.batch)
     shares = []
