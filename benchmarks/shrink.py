@@ -49,7 +49,7 @@ from gramian.shrinking._family import Layer, find_layers
 from gramian.shrinking._folding import fold
 from gramian.shrinking._passes import Importance, measure_importance
 from gramian.shrinking._recovery import recover
-from gramian.shrinking._shrink import _Run
+from gramian.shrinking._shrink import _Run, _some
 from gramian.shrinking._texts import split_windows
 
 SHARES = (0.75, 0.5, 0.25, 0.125)
@@ -114,7 +114,7 @@ def run(kind: str, task: Task, seed: int, divisor: int, folder: Path) -> dict[st
     chosen_by, held_out = split_windows(windows, seed)
     importance = measure_importance(model, layers, chosen_by)
     choices = Choices.of(layers, importance, 1)
-    chooser = _Run(model, layers, choices, chosen_by, held_out)
+    chooser = _Run(model, layers, choices, _some(chosen_by), held_out)  # as in `shrink`
     steps = max(1, task.steps // divisor)
     recovery = Recovery(steps, learning_rate=1e-3, batch=task.batch)
     shares = []
