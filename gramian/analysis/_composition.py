@@ -175,6 +175,7 @@ def compose_mixer(mixer: LinearRecurrence, x: Tensor) -> tuple[int, Callable[[sl
     sources = _sources(changed, y.shape[-1], len(values))
     if sources is None:
         raise Unreadable("its values depend on several outputs of its short convolution.")
+    operator = mixer.operator(x)
     taps = mixer.short.weight.detach().double()
     output = y[0].double().T  # (convolved, L)
     width = len(values) // mixer.heads
@@ -182,8 +183,8 @@ def compose_mixer(mixer: LinearRecurrence, x: Tensor) -> tuple[int, Callable[[sl
     def system(chosen: slice) -> System:
         wanted = range(len(values))[chosen]
         own = sorted({v // width for v in wanted})
-        matrices = [mixer.operator(x, slice(h, h + 1)).matrix(length)[0, 0] for h in own]
-        after = torch.stack(matrices).double()[[own.index(v // width) for v in wanted]]
+        matrices = operator[:, torch.tensor(own)].matrix(length)[0].double()
+        after = matrices[[own.index(v // width) for v in wanted]]
         channels = sources[chosen].to(y.device)
         return _product(after, values[chosen], output[channels], _matrices(taps[channels], length))
 

@@ -17,7 +17,6 @@ There are four readers:
 from __future__ import annotations
 
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -57,8 +56,6 @@ __all__ = ["RecordedOperator", "Recorder"]
 
 _SHORT = Site(("module", "", 0), "mixer")
 """The site of the short convolution in a mixer of Gramian."""
-
-_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -168,9 +165,9 @@ class Recorder:
     def record(self, inputs: ModelInputs) -> None:
         """Run the model on a sequence and record its operators.
 
-        Recordings in several threads run one after the other.
+        What a recording changes belongs to the process, so recordings must not overlap.
         """
-        with _ONE_AT_A_TIME, torch.no_grad(), ExitStack() as stack:
+        with torch.no_grad(), ExitStack() as stack:
             if "transformers" in sys.modules:
                 stack.enter_context(eager_attention(self.model))
             with kept(self.model):
