@@ -291,7 +291,7 @@ def test_a_causal_classifier_distils_and_a_bidirectional_one_does_not(
 ) -> None:
     model = make(mixers="hyena", max_position_embeddings=20).float()
     tokens = make_tokens(2, 20)
-    distilled, _ = distill(model, tol=1e-3)
+    distilled, _ = distill(model, order=12)
     expected = model(tokens).logits
     assert (distilled(tokens).logits - expected).norm() < 0.05 * expected.norm()
     with pytest.raises(ValueError, match="bidirectional model cannot be distilled"):
