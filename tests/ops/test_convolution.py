@@ -153,7 +153,8 @@ def test_bidirectional_has_second_derivatives(
     inputs = [draw(2, 3, length, seed=0), draw(*channels, taps, seed=1), draw(3, ahead, seed=2)]
     inputs = [tensor.requires_grad_() for tensor in inputs]
     assert torch.autograd.gradcheck(bidirectional_convolution, inputs)
-    assert torch.autograd.gradgradcheck(bidirectional_convolution, inputs)
+    # Of more samples in one random direction, in which all entries have part.
+    assert torch.autograd.gradgradcheck(bidirectional_convolution, inputs, fast_mode=length > 2)
 
 
 def test_bidirectional_broadcasts_in_half_precision_and_under_vmap() -> None:
@@ -257,7 +258,8 @@ def test_gradcheck_and_gradgradcheck(
         )
 
     assert torch.autograd.gradcheck(convolve, inputs)
-    assert torch.autograd.gradgradcheck(convolve, inputs)
+    # With more kernels in one random direction, in which all entries have part.
+    assert torch.autograd.gradgradcheck(convolve, inputs, fast_mode=channels != (1,))
 
 
 def test_third_derivative() -> None:
