@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import torch
-
 __all__ = ["Call", "Lost", "run_calls"]
 
 POLL = 0.5  # seconds between two checks of the calls
@@ -102,6 +100,8 @@ def _run_there(
     threads: int, directory: str, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> Any:
     """Run a call in a Ray worker, in the caller's working directory."""
+    import torch
+
     os.chdir(directory)
     torch.set_num_threads(threads)
     return function(*arguments)

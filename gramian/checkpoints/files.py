@@ -13,7 +13,6 @@ A file that was split into `NAME.part0`, `NAME.part1` and so on is read as if it
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import pickle
@@ -28,6 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 from torch import Tensor
+
+from gramian._hashing import hash_file
 
 __all__ = [
     "Stored",
@@ -136,11 +137,7 @@ def hash_weights(path: Path) -> dict[str, str]:
     hashes = {}
     for file in _weight_files(path):
         for part in _parts(file) or [file]:
-            digest = hashlib.sha256()
-            with part.open("rb") as stream:
-                while block := stream.read(2**20):
-                    digest.update(block)
-            hashes[part.name] = digest.hexdigest()
+            hashes[part.name] = hash_file(part)
     return hashes
 
 
