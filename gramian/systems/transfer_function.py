@@ -206,9 +206,9 @@ class TransferFunction(TimeInvariantSystem[Any]):
             return self.taps if whole else self.taps[..., :length]
         if length == 1 or self.order == 0:
             return torch.nn.functional.pad(self.d.unsqueeze(-1), (0, length - 1))
-        impulse = torch.zeros(*self.channel_shape, length - 1, dtype=torch.float64)
+        impulse = self.a.new_zeros(*self.channel_shape, length - 1, dtype=torch.float64)
         impulse[..., 0] = 1
-        series = all_pole_filter(self.a.double(), impulse.to(self.device))
+        series = all_pole_filter(self.a.double(), impulse)
         tail = causal_convolution(series, self.b.double()).to(self.dtype)
         return torch.cat([self.d.unsqueeze(-1), tail], dim=-1)
 
