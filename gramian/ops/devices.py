@@ -1,4 +1,4 @@
-"""Tensors on devices where the host should not wait."""
+"""What devices differ in: double precision, and numbers that the host sends without waiting."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["from_host"]
+__all__ = ["DEVICES_WITHOUT_FLOAT64", "from_host", "has_float64"]
+
+DEVICES_WITHOUT_FLOAT64 = {"mps"}
+"""The types of devices that have no double precision."""
+
+
+def has_float64(device: torch.device) -> bool:
+    """Return whether a device has tensors in double precision."""
+    return device.type not in DEVICES_WITHOUT_FLOAT64
 
 
 def from_host(

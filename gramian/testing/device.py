@@ -73,17 +73,13 @@ def check_device(
     if length < 8:
         raise ValueError(f"length must be at least 8; got {length}.")
     device = simulated_device()
-    if isinstance(part, System):
-        part = part.detach()
-        there = part.to(device=device)
-    else:
-        part = copy.deepcopy(part).eval()
-        there = copy.deepcopy(part).to(device)
     name = f"the {_kind(part)} {type(part).__name__}"
+    here: Any = part.detach() if isinstance(part, System) else copy.deepcopy(part).eval()
+    there: Any = copy.deepcopy(here).to(device=device)
     waits: dict[str, list[Wait]] = {}
-    pairs = zip(_stages(part, length, seed), _stages(there, length, seed), strict=True)
-    for (stage, here), (_, run) in pairs:
-        expected = here()
+    pairs = zip(_stages(here, length, seed), _stages(there, length, seed), strict=True)
+    for (stage, known), (_, run) in pairs:
+        expected = known()
         with recorded_waits() as found:
             actual = run()
         waits[stage] = found

@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gramian.ops.devices import DEVICES_WITHOUT_FLOAT64, has_float64
+
 __all__ = ["Wait", "recorded_waits", "simulated_device", "without_float64"]
 
 _NAME = "simulated"
@@ -80,10 +82,9 @@ class Wait(NamedTuple):
 
 
 class _Condition:
-    """What the simulated device does now; one for the process, since autograd has own threads."""
+    """The lists that record waits, and what is registered with PyTorch: one for the process."""
 
     def __init__(self) -> None:
-        self.float64 = True
         self.ledgers: list[list[Wait]] = []
         self.libraries: list[torch.library.Library] = []
 
@@ -95,6 +96,9 @@ _lock = threading.Lock()
 def simulated_device() -> torch.device:
     """Return the simulated device, which the first call sets up for the rest of the process.
 
+    From then on, autograd runs in the thread that calls it. Its engine has threads for the devices
+    that it knew when it first ran, and this one may be younger.
+
     Returns:
         `torch.device("simulated:0")`.
 
@@ -105,17 +109,18 @@ def simulated_device() -> torch.device:
     with _lock:
         if not _condition.libraries:
             _set_up()
+    torch.autograd.set_multithreading_enabled(False)
     return torch.device(_NAME, 0)
 
 
 @contextlib.contextmanager
 def without_float64() -> Iterator[None]:
     """Let the simulated device have no double precision, as Apple's GPUs have none."""
-    before, _condition.float64 = _condition.float64, False
+    DEVICES_WITHOUT_FLOAT64.add(_NAME)
     try:
         yield
     finally:
-        _condition.float64 = before
+        DEVICES_WITHOUT_FLOAT64.discard(_NAME)
 
 
 @contextlib.contextmanager
@@ -245,8 +250,9 @@ class _Call:
         for tensor, alias in self.given:
             if home._cdata == alias.untyped_storage()._cdata:  # a view
                 return _tensor(value, tensor.untyped_storage())
-        _check_dtype(self.op, value)
-        return _tensor(value, _storage(home))
+        made = _tensor(value, _storage(home))
+        _check_dtype(self.op, made)
+        return made
 
     def check_cpu_tensor(self, value: Tensor) -> None:
         """Raise a RuntimeError if a GPU would, for a tensor on the CPU among the arguments."""
@@ -271,7 +277,7 @@ def _signature(op: Any) -> tuple[str, list[int]]:
 
 
 def _check_dtype(op: Any, value: Tensor) -> None:
-    if not _condition.float64 and value.dtype in _DOUBLE:
+    if value.dtype in _DOUBLE and not has_float64(value.device):
         raise TypeError(f"{op.name()}: this device has no tensors in {value.dtype}.")
 
 
@@ -339,7 +345,7 @@ def _storage(host: torch.UntypedStorage) -> Any:
 
 def _tensor(value: Tensor, storage: Any) -> Tensor:
     """Return the tensor of the device that is laid out in `storage` as `value` is in its own."""
-    tensor = torch._C._acc.create_empty_tensor([0], value.dtype)
+    tensor = torch._C._acc.create_empty_tensor((0,), value.dtype)
     _lay_out(tensor, value, storage)
     return _like(tensor, value)
 

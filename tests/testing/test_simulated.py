@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -33,6 +35,17 @@ def test_values_are_those_of_the_cpu(device: torch.device) -> None:
         results.append([value.detach().cpu() for value in (y, u.grad, v.grad)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_autograd_may_have_run_before_the_device_was_made() -> None:
+    code = (
+        "import torch; torch.ones(1, requires_grad=True).sum().backward()\n"
+        "from gramian.testing import simulated_device\n"
+        "x = torch.ones(3, device=simulated_device(), requires_grad=True)\n"
+        "x.square().sum().backward(); print(x.grad.tolist())"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert made.stdout.split("\n")[0] == "[2.0, 2.0, 2.0]"
 
 
 def test_views_share_memory_and_outlive_their_base(device: torch.device) -> None:
