@@ -8,7 +8,7 @@ import mpmath
 import pytest
 import torch
 
-from gramian.filters import RTF, Filter, _filter, build
+from gramian.filters import RTF, build
 from gramian.mixers import Hyena, LongConvolution
 from gramian.ops.polynomial import rational_kernel, single_precision_error
 from gramian.reduction import reduce
@@ -157,13 +157,9 @@ def test_a_device_without_double_precision_runs_a_filter_or_refuses_it(name: str
 
 
 def test_every_filter_says_whether_it_needs_double_precision() -> None:
-    needing = {name for name in _filter._REGISTRY if made(name).needs_float64}
+    filters = (build(config, channels=4, max_length=40) for config in CONFIGS.values())
+    needing = {filter.name for filter in filters if filter.needs_float64}
     assert needing == {"modal", "s4", "s4d"}
-
-
-def made(name: str) -> Filter:
-    config = next(config for config in CONFIGS.values() if config["type"] == name)
-    return build(config, channels=4, max_length=40)
 
 
 def test_a_reduction_leaves_a_device_without_double_precision() -> None:
