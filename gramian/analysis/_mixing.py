@@ -234,6 +234,10 @@ class Finder:
         self._padded_before: set[nn.Module] = set()
         self._inside = 0  # the number of running modules that are read as a whole
 
+    def take_as_mixing(self, module: nn.Module) -> None:
+        """Take a module for one that mixes positions and is known, so that it is not examined."""
+        self._mixes[id(module)] = True
+
     @contextmanager
     def finding(self) -> Iterator[None]:
         """Search during the forward pass of the model within this context."""
@@ -352,13 +356,17 @@ class Finder:
 
 def _likeness(frame: Frame) -> Any:
     """Return what modules and their inputs have in common if the modules compute the same."""
-    parts = [
-        (path, type(module), tuple((k, v) for k, v in vars(module).items() if _is_plain(v)))
-        for path, module in frame.module.named_modules()
-    ]
     sizes = [tensor.shape for tensor in frame.module.state_dict().values()]
     given = [getattr(x, "shape", None) for x in leaves_of(frame.inputs)]
-    return tuple(parts), tuple(sizes), tuple(given)
+    return plain_parts(frame.module), tuple(sizes), tuple(given)
+
+
+def plain_parts(module: nn.Module) -> tuple[Any, ...]:
+    """Return the classes and the plain values of a module and of all modules inside it."""
+    return tuple(
+        (path, type(part), tuple((k, v) for k, v in vars(part).items() if _is_plain(v)))
+        for path, part in module.named_modules()
+    )
 
 
 def _is_plain(value: Any) -> bool:

@@ -328,6 +328,55 @@ def test_mixing_of_positions_that_are_far_apart_is_named(length: int, named: boo
     assert all("far apart" in reason for _, reason in report.unread)
 
 
+class Numbered(nn.Module):
+    """A layer that knows its number, with a sink and possibly a distant shift."""
+
+    def __init__(self, number: int, lag: int | None) -> None:
+        super().__init__()
+        self.number, self.sink = number, Sink()
+        self.shift = nn.Linear(WIDTH, WIDTH) if lag is None else Distant(lag)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shift(x + self.sink(x))
+
+
+class Stack(nn.Module):
+    """Numbered layers, with a distant shift of the stack's own before the last of them."""
+
+    def __init__(self, lags: list[int | None], own: bool) -> None:
+        super().__init__()
+        self.own = own
+        self.layers = nn.ModuleList(Numbered(i, lag) for i, lag in enumerate(lags))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = layer(x)
+        if self.own:
+            x = x + F.pad(x, (0, 0, 70, 0))[:, : x.shape[1]]
+        return self.layers[-1](x)
+
+
+@pytest.mark.parametrize(
+    ("lags", "own", "named"),
+    [
+        ([None] * 4, False, []),
+        ([None, None, 70, None], False, ["layers.2.shift"]),
+        ([70, 75, 70, None], False, ["layers.0.shift", "layers.1.shift", "layers.2.shift"]),
+        ([None] * 4, True, [""]),
+    ],
+)
+def test_layers_that_are_alike_run_once_to_find_distant_mixing(
+    lags: list[int | None], own: bool, named: list[str]
+) -> None:
+    model = Stack(lags, own).eval()
+    x = torch.randn(1, 240, WIDTH)
+    before = model(x)
+    report = gramian.analyze(model, x, at=[20])
+    assert [layer.name for layer in report.layers] == [f"layers.{i}.sink" for i in range(4)]
+    assert sorted(name for name, _ in report.unread) == [name or "Stack" for name in named]
+    assert torch.equal(model(x), before)
+
+
 class Chosen(Toy):
     """Every token goes through one of two parts, sorted by the part; they mix nothing."""
 
