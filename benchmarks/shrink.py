@@ -6,7 +6,7 @@ several ways, at several shares:
 
 - shrink: what `gramian.shrink` keeps, the best of its criteria. On text they are compared by the
   loss, and on recall, where the answers are labelled, by the accuracy, both on windows by which it
-  chooses. With a recovery, the two best are recovered, and the better one is kept, by windows that
+  chooses. With a recovery, the three best are recovered, and the best one is kept, by windows that
   the recovery did not see;
 - error: the greedy elimination by the exact error of the scan;
 - diagonal: the largest contributions of single coordinates;
@@ -59,7 +59,7 @@ from gramian.shrinking._trying import Run
 SHARES = (0.75, 0.5, 0.25, 0.125)
 CRITERIA = ("shrink", "error", "diagonal", "weights", "random")
 COMPARED = 2**12  # tokens on which `shrink` compares criteria
-CANDIDATES = 2  # models that are recovered
+CANDIDATES = 3  # models that are recovered
 Kept = dict[str, Tensor]
 
 

@@ -189,9 +189,7 @@ def _recovery(steps: int, method: str, rate: float | None, candidates: int) -> R
     except ValueError as error:
         raise UserError(one_line(error)) from error
     if not steps and (method, rate, candidates) != ("full", None, 1):
-        raise typer.BadParameter(
-            "--recover, --recover-rate and --recover-candidates need --recover-steps."
-        )
+        raise typer.BadParameter("options of a recovery need --recover-steps.")
     return found if steps else None
 
 
