@@ -136,7 +136,7 @@ def measure_importance(
         if one.basis is not None:
             recurrences = [changed(x, one.basis.keys, one.basis.queries) for x in recurrences]
         total = torch.cat([gram(each) for each in recurrences])
-        if not one.tokens:  # one check is enough, and its outputs cost a scan
+        if not one.tokens:  # one check is enough, because its outputs cost a scan
             _check(layer, float(total.sum()), calls)
         keys, queries = ([getattr(each, k) for each in recurrences] for k in ("keys", "queries"))
         one.gram = one.gram + total.cpu()
@@ -152,7 +152,7 @@ def measure_importance(
 
     done = 0
     with _calling(layers, read):
-        for done in _run(model, windows.ids):
+        for done in _run(model, windows.ids, 1):  # one window is checked
             if progress is not None:
                 progress(done)
     return found
@@ -246,13 +246,22 @@ def _check(layer: Layer, read: float, calls: Sequence[Call]) -> None:
         )
 
 
-def _run(model: nn.Module, windows: Tensor) -> Iterator[int]:
-    """Run a model over windows without a cache, and yield how many are done."""
+def _run(model: nn.Module, windows: Tensor, first: int = 0) -> Iterator[int]:
+    """Run a model over windows without a cache, and yield how many are done.
+
+    Args:
+        model: the model.
+        windows: token ids, (count, length).
+        first: number of windows in the first pass, if it is to be smaller than the others.
+    """
     options: dict[str, Any] = {"use_cache": False}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
     done = 0
-    for part in windows.split(max(1, _TOKENS // windows.shape[1])):
+    rest = windows[first:].split(max(1, _TOKENS // windows.shape[1]))
+    for part in (windows[:first], *rest):
+        if not len(part):
+            continue
         model(part.to(_device(model)), **options)
         done += len(part)
         yield done
