@@ -3,9 +3,9 @@
 The benchmark has three parts. Each runs in a process of its own, so that its peak memory is its
 own.
 
-agreement: estimates the state-sizes of all heads of SmolLM2-135M on 2,048 tokens of real text at 16
-    positions, with a tolerance of 1 %, and compares them with exact ones from the maps.
-    (Required: at least 95 % within the stated error.)
+agreement: estimates the mean state-sizes of all layers of SmolLM2-135M on 2,048 tokens of real text
+    at 64 positions, with a tolerance of 1 %, and compares them with exact ones from the maps.
+    (Required: at least 95 % of the means and of the single sizes within the stated errors.)
 model: measures all heads of SmolLM2-135M on 8,192 tokens at 64 positions, with a tolerance of 1 %.
     (Required: 600 s on 2 quiet cores.) `--layers N` stops after N layers.
 head: measures one head at 16,384 tokens at 64 positions, with its rows kept (if 1 GiB suffices) and
@@ -42,7 +42,7 @@ from benchmarks._child import resident_peak, run
 from benchmarks._report import write
 from benchmarks.ess import load_model
 from gramian import analysis, effective_state_size
-from gramian.ess import RowOperator, estimated_state_size
+from gramian.ess import RowOperator, estimated_mean_state_size
 
 PARTS = ("agreement", "model", "head")
 TOLERANCE = 0.01
@@ -57,7 +57,7 @@ def text_and_model(length: int) -> tuple[Tensor, Any] | None:
     return tokenizer(text, return_tensors="pt").input_ids[:, :length], model
 
 
-def agreement(length: int = 2048, count: int = 16) -> dict[str, Any]:
+def agreement(length: int = 2048, count: int = 64) -> dict[str, Any]:
     loaded = text_and_model(length)
     if loaded is None:
         return {"left_out": True}
@@ -78,36 +78,40 @@ def agreement(length: int = 2048, count: int = 16) -> dict[str, Any]:
         model(tokens)
     for handle in handles:
         handle.remove()
-    layers, errors, stated = [], [], []
+    layers, single = [], []
     for layer, truth in zip(report.layers, exact, strict=True):
-        assert layer.error is not None
-        away = (layer.ess - truth).abs()
-        inexact = layer.error > 0
-        errors.append((away / truth)[inexact])
-        stated.append((away / layer.error)[inexact])
+        assert layer.error is not None and layer.mean_error is not None
+        estimated, mean = float(layer.ess.double().mean()), float(truth.double().mean())
+        away, inexact = (layer.ess - truth).abs(), layer.error > 0
+        single.append(torch.stack([away / truth, away / layer.error])[:, inexact])
         layers.append(
             {
                 "name": layer.name,
-                "estimated_mean": float(layer.ess.mean()),
-                "exact_mean": float(truth.mean()),
-                "largest_relative_error": float((away / truth).max()),
-                "within_stated_error": float((away <= layer.error)[inexact].double().mean()),
+                "estimated_mean": estimated,
+                "exact_mean": mean,
+                "relative_error": abs(estimated / mean - 1),
+                "stated_relative_error": layer.mean_error / estimated,
             }
         )
-    relative, ratio = torch.cat(errors).double(), torch.cat(stated).double()
+    sizes, shares = torch.cat(single, 1).double()
+    within = [one["relative_error"] <= one["stated_relative_error"] for one in layers]
+    of_sizes = float((shares <= 1).double().mean())
     return {
         "tokens": length,
         "positions": count,
         "tolerance": TOLERANCE,
-        "estimates": len(relative),
         "seconds": estimating,
         "exact_seconds": sum(spent),
-        "largest_relative_error": float(relative.max()),
-        "root_mean_square_relative_error": float(relative.square().mean().sqrt()),
-        "within_stated_error": float((ratio <= 1).double().mean()),
-        "within_twice_the_stated_error": float((ratio <= 2).double().mean()),
+        "largest_relative_error_of_means": max(one["relative_error"] for one in layers),
+        "largest_stated_relative_error_of_means": max(
+            one["stated_relative_error"] for one in layers
+        ),
+        "means_within_stated_error": sum(within) / len(within),
+        "estimated_sizes": sizes.shape[-1],
+        "root_mean_square_relative_error_of_sizes": float(sizes.square().mean().sqrt()),
+        "sizes_within_stated_error": of_sizes,
         "layers": layers,
-        "passed": float((ratio <= 1).double().mean()) >= 0.95,
+        "passed": sum(within) >= 0.95 * len(within) and of_sizes >= 0.95,
     }
 
 
@@ -147,14 +151,15 @@ def model(layers: int | None = None, length: int = 8192, count: int = 64) -> dic
     }
     if report is None:
         return measured | {"peak_memory_gib": resident_peak() / 2**10}
-    relative = [layer.error / layer.ess for layer in report.layers if layer.error is not None]
+    of_means = [(layer.mean_error or 0.0) / float(layer.ess.mean()) for layer in report.layers]
+    single = [layer.error / layer.ess for layer in report.layers if layer.error is not None]
     return measured | {
         "heads": sum(len(layer.channels) for layer in report.layers),
-        "largest_stated_relative_error": float(torch.cat(relative).max()),
-        "within_tolerance": float((torch.cat(relative) <= TOLERANCE).double().mean()),
+        "largest_stated_relative_error_of_means": max(of_means),
+        "median_stated_relative_error_of_sizes": float(torch.cat(single).median()),
         "mean_ess_of_layers": [float(layer.ess.mean()) for layer in report.layers],
         "peak_memory_gib": resident_peak() / 2**10,
-        "passed": elapsed <= 600,
+        "passed": elapsed <= 600 and max(of_means) <= TOLERANCE,
     }
 
 
@@ -173,15 +178,16 @@ def head(length: int = 16384, count: int = 64, width: int = 64) -> dict[str, Any
     before = resident_peak()
     for name, memory in (("rows_computed_again", 0), ("rows_kept", 2**30)):
         start, processor = time.perf_counter(), time.process_time()
-        sizes, errors = estimated_state_size(
+        found = estimated_mean_state_size(
             RowOperator(rows, length), positions, TOLERANCE, memory=memory
         )
         results[name] = {
             "seconds": time.perf_counter() - start,
             "processor_seconds": time.process_time() - processor,
             "additional_peak_memory_mib": resident_peak() - before,
-            "mean_ess": float(sizes.mean()),
-            "largest_stated_relative_error": float((errors / sizes).max()),
+            "mean_ess": found.mean,
+            "stated_relative_error_of_the_mean": found.error / found.mean,
+            "median_stated_relative_error_of_sizes": float((found.errors / found.sizes).median()),
         }
     results["mib_of_the_map"] = 4 * length**2 / 2**20
     return results

@@ -7,7 +7,6 @@ copy is imported if the original no longer exists.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import os
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from gramian._hashing import hash_file
 from gramian._staging import staged_file
 
 __all__ = ["copy_parts", "find_copy", "import_parts"]
@@ -42,7 +42,7 @@ def import_parts(names: Sequence[str], copies: str | Path | None = None) -> None
     for name in names:
         source = _find(name)
         copy = None if copies is None else find_copy(name, copies)
-        if source is not None and copy is not None and _hash(source) != _hash(copy):
+        if source is not None and copy is not None and hash_file(source) != hash_file(copy):
             raise ValueError(f"{name} is not what it was when {copy} was made of it.")
         if copy is not None and source is None:
             _import_file(name, copy)
@@ -79,7 +79,7 @@ def copy_parts(names: Sequence[str], folder: str | Path) -> dict[str, str]:
             with staged_file(copy) as stage:
                 shutil.copyfile(source, stage)
         if copy.is_file():  # a module without a Python file has no copy
-            hashes[name] = _hash(copy)
+            hashes[name] = hash_file(copy)
     return hashes
 
 
@@ -102,7 +102,7 @@ def _copy_name(name: str) -> str:
 
 
 def _import_file(name: str, file: Path) -> None:
-    digest = _hash(file)
+    digest = hash_file(file)
     if digest in _LOADED:
         return
     stem = file.stem
@@ -133,7 +133,7 @@ def _import_module(name: str) -> None:
         raise _failure(name, error) from error
     file = _find(name)
     if file is not None:
-        _LOADED[_hash(file)] = module
+        _LOADED[hash_file(file)] = module
 
 
 def _failure(name: str, error: Exception) -> ValueError:
@@ -153,7 +153,3 @@ def _working_directory_on_path() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(here)
-
-
-def _hash(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -22,6 +22,21 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+FIRST = ("export", "docs", "shrinking")
+"""The folders with the files that take longest, though they have few tests."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the order of the files, which pytest-xdist would sort by their numbers of tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that no worker is left with it at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in FIRST)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_objects_to_collect() -> None:
     """Take what lives at a file's start out of the garbage collector's sight.

@@ -93,11 +93,11 @@ def analyze(
         measure: "entropy" or "tolerance", as in `gramian.effective_state_size`.
         tol: Absolute tolerance of the measure "tolerance".
         rtol: Relative tolerance of the measure "tolerance".
-        tolerance: Relative error up to which the entropy may be estimated, as in
-            `gramian.ess.estimated_state_size`; None to compute it exactly. It makes long contexts
-            possible: the maps of attention over 1,024 tokens or more are then never held, but
-            computed a few rows at a time. The errors are in the report. Recurrences are measured
-            exactly.
+        tolerance: Relative error up to which the mean entropy-ESS of each layer may be estimated,
+            as in `gramian.ess.estimated_mean_state_size`; None to compute all sizes exactly. It
+            makes long contexts possible: the maps of attention over 1,024 tokens or more are then
+            never held all at once, but computed a few rows at a time. The errors of the means and
+            the larger ones of single sizes are in the report. Recurrences are measured exactly.
         max_channels: Maximal number of heads or channels to measure in a layer. If a layer has
             more, every n-th of them is measured. If it is None, all are measured.
         include: "core" measures scans and attention alone, and short convolutions as layers of

@@ -55,9 +55,9 @@ def layer_frame(reports: Sequence[StateReport], texts: Sequence[str] | None = No
     """Return a frame with a row for each report and layer.
 
     The columns are `model`, `source`, `layer`, `mixer`, `kind`, `reader`, `channels` (measured
-    heads or channels), `count` (all of them), `ess_mean`, `ess_max`, `error_mean` (NaN if exact),
-    `tss_mean`, `usable_mean` and `in_use` (NaN if nothing is usable). If ranks of states were
-    measured, `stable_rank_mean` and `effective_rank_mean` follow.
+    heads or channels), `count` (all of them), `ess_mean`, `ess_max`, `ess_mean_error` (NaN if
+    exact), `tss_mean`, `usable_mean` and `in_use` (NaN if nothing is usable). If ranks of states
+    were measured, `stable_rank_mean` and `effective_rank_mean` follow.
 
     Args:
         reports: The reports.
@@ -140,7 +140,7 @@ def _layer(report: StateReport, layer: LayerState, text: str) -> dict[str, Any]:
     numbers = {
         "ess_mean": layer.ess.double().mean(),
         "ess_max": layer.ess.max(),
-        "error_mean": np.nan if layer.error is None else layer.error.double().mean(),
+        "ess_mean_error": np.nan if layer.mean_error is None else layer.mean_error,
         "tss_mean": layer.tss.double().mean(),
         "usable_mean": layer.usable.double().mean(),
         "in_use": np.nan if share is None else share,

@@ -16,7 +16,7 @@ from gramian.ess import (
     RowOperator,
     StateRanks,
     effective_state_size,
-    estimated_state_size,
+    estimated_mean_state_size,
     theoretical_state_size,
 )
 from gramian.systems import DenseOperator, System
@@ -36,7 +36,7 @@ def check_tolerance(tolerance: float | None, measure: str) -> None:
         return
     if measure != "entropy":
         raise ValueError(f'tolerance goes with measure="entropy"; got {measure!r}.')
-    estimated_state_size(torch.eye(2), tolerance=tolerance)  # raises its error
+    estimated_mean_state_size(torch.eye(2), tolerance=tolerance)  # raises its error
 
 
 def measure_layer(
@@ -57,27 +57,28 @@ def measure_layer(
         max_channels: Largest number of channels to measure; None measures all.
         options: Options of `effective_state_size`.
         ranks: Whether to measure the ranks of the layer's states, if it has any.
-        tolerance: Relative error up to which the state-sizes of matrices, and of operators that are
-            given by their rows, are estimated; None to measure exactly.
+        tolerance: Relative error up to which the mean state-size of matrices, and of operators that
+            are given by their rows, is estimated; None to measure exactly.
     """
     step = 1 if max_channels is None else math.ceil(recorded.count / max_channels)
     chosen = range(0, recorded.count, step)
     size = max(1, _MATRIX_BYTES // (8 * length * length))
     if tolerance is not None and recorded.reader == "attention":
         size = max(1, len(chosen))  # nothing is held in double precision
-    ess, tss, errors = [], [], []
+    ess, tss, errors, of_means = [], [], [], []
     of_states: list[StateRanks | None] = []
     for begin in range(0, len(chosen), size):
         part = chosen[begin : begin + size]
         channels = slice(part.start, part.stop, part.step)
         system = recorded.system(channels)
         try:
-            sizes, stated = _sizes(system, positions, length, options, tolerance)
+            sizes, stated, of_mean = _sizes(system, positions, length, options, tolerance)
         except ValueError as error:
             raise ValueError(f"{recorded.name}: {error}") from error
         capacity = theoretical_state_size(system, positions, horizon=length)
         ess.append(sizes.reshape(-1, len(positions)).float().cpu())
         errors.append(stated.reshape(-1, len(positions)).float().cpu())
+        of_means.append(of_mean)
         capacity = capacity.reshape(-1, len(positions)).float().cpu()
         if recorded.orders is not None:
             orders = recorded.orders[part.start : part.stop : part.step].float().cpu()
@@ -100,6 +101,7 @@ def measure_layer(
         stable_rank=torch.cat([one.stable for one in found]) if found else None,
         effective_rank=torch.cat([one.effective for one in found]) if found else None,
         error=_stated(errors),
+        mean_error=_of_mean([len(part) for part in ess], of_means),
     )
 
 
@@ -109,21 +111,28 @@ def _sizes(
     length: int,
     options: dict[str, Any],
     tolerance: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Return state-sizes and their errors, which are 0 where the sizes are exact."""
+) -> tuple[Tensor, Tensor, float]:
+    """Return state-sizes, their errors, and the error of their mean. Those of exact sizes are 0."""
     if isinstance(system, RowOperator) or (
         isinstance(system, DenseOperator) and tolerance is not None
     ):
         assert tolerance is not None
-        return estimated_state_size(system, positions, tolerance, horizon=length)
+        found = estimated_mean_state_size(system, positions, tolerance, horizon=length)
+        return found.sizes, found.errors, found.error
     sizes = effective_state_size(system, positions, horizon=length, **options)
-    return sizes, torch.zeros_like(sizes)
+    return sizes, torch.zeros_like(sizes), 0.0
 
 
 def _stated(errors: list[Tensor]) -> Tensor | None:
     """Join the errors of the parts of a layer. They are None if all sizes are exact."""
     error = torch.cat(errors)
     return error if bool(error.any()) else None
+
+
+def _of_mean(counts: list[int], errors: list[float]) -> float | None:
+    """Join the errors of the means of parts of `counts` channels, or None if all are exact."""
+    squares = sum((count * error) ** 2 for count, error in zip(counts, errors, strict=True))
+    return math.sqrt(squares) / sum(counts) if squares > 0 else None
 
 
 def joined(layers: list[LayerState]) -> Iterator[LayerState]:
@@ -151,6 +160,9 @@ def joined(layers: list[LayerState]) -> Iterator[LayerState]:
             stable_rank=_joined([part.stable_rank for part in parts]),
             effective_rank=_joined([part.effective_rank for part in parts]),
             error=_joined_errors(parts),
+            mean_error=_of_mean(
+                [len(part.ess) for part in parts], [part.mean_error or 0.0 for part in parts]
+            ),
         )
 
 

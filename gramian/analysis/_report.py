@@ -49,6 +49,8 @@ class LayerState:
             attention weights), "scan" (from the arguments of a scan) or "general" (from the
             responses of the layer itself). It is empty in a report of an earlier version.
         error: error of each estimate in `ess`, of the same shape; None if they are exact.
+        mean_error: error of the mean of `ess` over channels and positions; None if it is exact, or
+            if the report holds only some of the positions that were measured.
         storage: how the layer stores its past, from which bytes follow; None if it is not known.
         cap: the bound min(i, L - i) on the rank at every position, (P). A report sets it.
         stable_rank: stable rank of the state of each head before each of the P positions,
@@ -68,6 +70,7 @@ class LayerState:
     tss: Tensor
     reader: str = "mixer"
     error: Tensor | None = None
+    mean_error: float | None = None
     storage: Storage | None = None
     cap: Tensor | None = None
     stable_rank: Tensor | None = None
@@ -118,6 +121,7 @@ class LayerState:
             "ess": _numbers(self.ess),
             "tss": _numbers(self.tss),
             "error": None if self.error is None else _numbers(self.error),
+            "mean_error": self.mean_error,
             **{
                 name: _numbers(value)
                 for name in ("stable_rank", "effective_rank")
@@ -254,6 +258,7 @@ class StateReport:
                 ess=layer.ess[:, kept],
                 tss=layer.tss[:, kept],
                 error=_columns(layer.error, kept),
+                mean_error=layer.mean_error if set(kept) == {*column.values()} else None,
                 stable_rank=_columns(layer.stable_rank, kept),
                 effective_rank=_columns(layer.effective_rank, kept),
                 cap=None,
@@ -416,6 +421,7 @@ class StateReport:
                 reader=layer.get("reader", ""),
                 auxiliary=layer.get("auxiliary", False),
                 error=_tensor(layer.get("error")),
+                mean_error=layer.get("mean_error"),
                 storage=Storage.from_dict(layer.get("storage")),
                 stable_rank=_tensor(layer.get("stable_rank")),
                 effective_rank=_tensor(layer.get("effective_rank")),

@@ -60,8 +60,8 @@ def _summary(report: StateReport) -> str:
         average, total, share = float(report.average()), float(report.total()), report.in_use
         lines[0] += f": average {average:.2f}, total {total:.1f}"
         lines[0] += "" if share is None else f", {100 * share:.1f} % in use"
-    if any(layer.error is not None for layer in report.layers):
-        lines.append("± is the mean of the errors of estimates")
+    if any(layer.mean_error is not None for layer in report.layers):
+        lines.append("± is the error of a mean that is estimated; single sizes have larger errors")
     lines += [f"not read: {name}: {reason}" for name, reason in report.unread]
     return "\n".join(lines)
 
@@ -77,7 +77,7 @@ def _row(layer: LayerState, label: str, ranked: bool) -> tuple[str, ...]:
     counted = len(layer.channels)
     measured = f"{counted:,}" if counted == layer.count else f"{counted:,} of {layer.count:,}"
     share = layer.in_use
-    error = "" if layer.error is None else f" ± {float(layer.error.mean()):.2f}"
+    error = "" if layer.mean_error is None else f" ± {layer.mean_error:.2f}"
     return (
         label,
         layer.mixer,

@@ -13,7 +13,6 @@ A file that was split into `NAME.part0`, `NAME.part1` and so on is read as if it
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import pickle
@@ -28,6 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 from torch import Tensor
+
+from gramian._hashing import hash_file
 
 __all__ = [
     "Stored",
@@ -136,11 +137,7 @@ def hash_weights(path: Path) -> dict[str, str]:
     hashes = {}
     for file in _weight_files(path):
         for part in _parts(file) or [file]:
-            digest = hashlib.sha256()
-            with part.open("rb") as stream:
-                while block := stream.read(2**20):
-                    digest.update(block)
-            hashes[part.name] = digest.hexdigest()
+            hashes[part.name] = hash_file(part)
     return hashes
 
 
@@ -206,7 +203,7 @@ def read_inner_config(path: Path) -> dict[str, Any] | None:
     files = _weight_files(path)
     if len(files) != 1 or files[0].suffix == ".safetensors":
         return None
-    loaded = _load_pickle(files[0], mapped=True)
+    loaded = _load_pickle(files[0])
     given = loaded.get("hyper_parameters") if isinstance(loaded, Mapping) else None
     found = _plain(given)
     for candidate in (found.get("config"), found) if isinstance(found, dict) else ():
@@ -356,18 +353,20 @@ def _read_safetensors(file: Path) -> Stored:
         raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
 
 
-def _load_pickle(file: Path, *, mapped: bool = False) -> Any:
+def _load_pickle(file: Path) -> Any:
     """Read a file that `torch.save` wrote: tensors, plain values and placeholders.
+
+    Tensors are mapped into memory where that is possible, so that a file that is larger than the
+    memory is read piece by piece.
 
     Args:
         file: the file. If it was split into parts, its name without the suffix of the parts.
-        mapped: whether to map tensors into memory in place of reading them, if that is possible.
     """
     with _opened(file) as source:
-        return _load_opened(file, source, mapped)
+        return _load_opened(file, source)
 
 
-def _load_opened(file: Path, source: Any, mapped: bool) -> Any:
+def _load_opened(file: Path, source: Any) -> Any:
     try:
         # Files that PyTorch wrote before 1.6 are not archives. They are read without placeholders.
         archive = zipfile.is_zipfile(source)
@@ -384,7 +383,7 @@ def _load_opened(file: Path, source: Any, mapped: bool) -> Any:
     with torch.serialization.safe_globals([_placeholder(name) for name in names]):
         try:
             _rewind(source)
-            mmap = mapped and archive and isinstance(source, Path)
+            mmap = archive and isinstance(source, Path)
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
             raise ValueError(

@@ -22,6 +22,7 @@ from gramian.cli import (  # noqa: F401, I001 (this is the order of the commands
     _export,
     _train,
     _sweep,
+    _map,
     _evaluate,
     _score,
     _embed,

@@ -67,7 +67,10 @@ _Positions = Annotated[
 ]
 _Tolerance = Annotated[
     float | None,
-    typer.Option(help="Estimate up to this relative error, for long contexts; 0.001 or more."),
+    typer.Option(
+        help="Estimate the mean of each layer up to this relative error, for long contexts; "
+        "0.001 or more."
+    ),
 ]
 _Measure = Annotated[
     str, typer.Option(help="Measure of the effective state-size: entropy or tolerance.")

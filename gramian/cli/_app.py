@@ -21,7 +21,16 @@ except ImportError as missing:
     )
     raise SystemExit(1) from None
 
-__all__ = ["UserError", "app", "command", "main", "one_line"]
+__all__ = [
+    "Failure",
+    "UserError",
+    "app",
+    "check_usage",
+    "command",
+    "main",
+    "one_line",
+    "run_command",
+]
 
 app = typer.Typer(
     add_completion=False,
@@ -63,9 +72,22 @@ _EXTRAS = {  # the extra that installs each package
 _REGISTERED = ("unknown task '", "unknown filter type '", "mixers must be among ")
 """Beginnings of messages that may mean that a module which registers parts is missing."""
 
+_WrongUsage: Any = typer.BadParameter.__base__  # a class of click, or of typer's copy of it
+
 
 class UserError(Exception):
     """An error that the user can correct. Its message is one sentence."""
+
+
+class Failure(SystemExit):
+    """The end of a command with status 1. Its text is a sentence that was printed, or is to be."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(1)
+        self.sentence = sentence
+
+    def __str__(self) -> str:
+        return self.sentence
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -121,8 +143,38 @@ def _failures(debug: bool = False) -> Iterator[None]:
     except Exception as error:
         if debug:
             traceback.print_exc()
-            raise SystemExit(1) from None
+            raise Failure(one_line(error)) from error
         _fail(error)
+
+
+def check_usage(words: list[str]) -> None:
+    """Check a command's name and arguments without running it.
+
+    Raises:
+        typer.BadParameter: if there is no such command, or it does not take the arguments.
+    """
+    group: Any = typer.main.get_command(app)
+    try:
+        with group.make_context("gramian", list(words)) as context:
+            name, found, rest = group.resolve_command(context, list(words))
+            found.make_context(name, rest, parent=context)
+    except _WrongUsage as error:
+        raise typer.BadParameter(f"{' '.join(words)}: {error.format_message()}") from error
+
+
+def run_command(words: list[str]) -> None:
+    """Run a command in this process.
+
+    Raises:
+        Failure: if the command ends with another status than 0.
+    """
+    group: Any = typer.main.get_command(app)
+    try:
+        status = group.main(list(words), prog_name="gramian", standalone_mode=False)
+    except _WrongUsage as error:
+        raise Failure(error.format_message()) from error
+    if status:
+        raise Failure(f"the command ended with status {status}.")
 
 
 def _fail(error: Exception) -> NoReturn:
@@ -134,7 +186,7 @@ def _fail(error: Exception) -> NoReturn:
     elif not isinstance(error, UserError | OSError):
         message = f"{type(error).__name__}: {message} (--debug shows where)"
     print(f"gramian: {message}", file=sys.stderr)
-    raise SystemExit(1)
+    raise Failure(message) from error
 
 
 def _advice(error: BaseException | None) -> str:

@@ -137,6 +137,7 @@ def _check(wanted: _Wanted) -> None:
 def _distill(
     model: Any, wanted: _Wanted, windows: Tensor | None, bar: Bar
 ) -> tuple[Any, DistillationReport]:
+    """Distil a model in place, so that its other weights are in memory once."""
     from gramian import distillation
 
     def tell(trial: Trial) -> None:
@@ -146,14 +147,15 @@ def _distill(
     if wanted.budget is not None:
         assert windows is not None
         distilled, report = distillation.distill_to_budget(
-            model, windows, wanted.budget, progress=tell, **options
+            model, windows, wanted.budget, inplace=True, progress=tell, **options
         )
     else:
+        loss = None if windows is None else distillation.mean_loss(model, windows)
         distilled, report = distillation.distill(
-            model, wanted.tol, wanted.order, progress=bar, **options
+            model, wanted.tol, wanted.order, inplace=True, progress=bar, **options
         )
-        if windows is not None:
-            quality = distillation.measure_quality(model, distilled, report, windows)
+        if loss is not None and windows is not None:
+            quality = distillation.measure_quality(loss, distilled, report, windows)
             report = dataclasses.replace(report, quality=quality)
     if wanted.finetune:
         assert windows is not None and report.quality is not None

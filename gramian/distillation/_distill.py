@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from gramian.distillation._filters import Goal, reduce_filter, report_kept
 from gramian.distillation._foreign import FilterReader, ForeignFilter, distill_modules
-from gramian.distillation._report import DistillationReport
+from gramian.distillation._report import DistillationReport, LayerReport
 from gramian.filters import ExplicitFilter, ModalFilter
 from gramian.ops.precision import full_precision
 from gramian.systems import FIR
 
-__all__ = ["distill"]
+__all__ = ["Replacements", "distill", "reduce_layers", "report_of"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -33,6 +33,7 @@ def distill(
     max_order: int | None = None,
     tail: str = "auto",
     filters: Mapping[str, FilterReader | ForeignFilter] | None = None,
+    inplace: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[_Model, DistillationReport]:
     """Replace every long filter of a model by a small recurrence (arXiv 2310.18780).
@@ -66,6 +67,9 @@ def distill(
         filters: a mapping from the path of a submodule, as in `model.named_modules()`, to a
             function that returns the kernel of the submodule, or to a `ForeignFilter`. By default,
             all long filters of a Gramian model are reduced.
+        inplace: whether to replace the filters in the given model, and to return it. This takes
+            half the memory, because the other weights are not copied. If an error is raised, the
+            model is unchanged.
         progress: a function that is called as `progress(layers done, all layers)` before the first
             layer and after every layer.
 
@@ -81,56 +85,127 @@ def distill(
     """
     goal = Goal(None if order is not None else tol, order, max_order, tail)
     if filters is not None:
-        return distill_modules(model, filters, goal, progress)
-    return _distill_layers(model, goal, progress)
+        return distill_modules(model, filters, goal, progress, inplace)
+    started = time.perf_counter()
+    found = reduce_layers(model, goal, progress)
+    whole: Any = model
+    before = whole.state_bytes(1, found.context)
+    distilled: Any = whole
+    if not inplace:
+        mixers = _mixers(whole)
+        replaced = {id(mixers[layer].filter): filter for layer, filter in found.filters.items()}
+        distilled = copy.deepcopy(whole, replaced)
+    found.put(distilled)
+    return distilled, report_of(goal, found, before, distilled, started)
 
 
-def _distill_layers(
-    model: Any, goal: Goal, progress: Callable[[int, int], None] | None
-) -> tuple[Any, DistillationReport]:
-    filters: list[Any] = [getattr(mixer, "filter", None) for mixer in _mixers(model)]
+class Replacements(NamedTuple):
+    """The filters that replace the long filters of a model.
+
+    Attributes:
+        filters: the new filter of each layer whose filter is replaced.
+        config: value of `config.filter`.
+        reports: report on every layer that has a long filter.
+        context: largest number of taps.
+    """
+
+    filters: dict[int, nn.Module]
+    config: Any
+    reports: tuple[LayerReport, ...]
+    context: int
+
+    def put(self, model: Any) -> Replacements:
+        """Put the filters into a model, and return what puts the replaced ones back."""
+        mixers = _mixers(model)
+        old = {layer: mixers[layer].filter for layer in self.filters}
+        before = Replacements(old, model.config.filter, (), self.context)
+        for layer, filter in self.filters.items():
+            mixers[layer].filter = filter
+        model.config.filter = self.config
+        return before
+
+
+def reduce_layers(
+    model: Any, goal: Goal, progress: Callable[[int, int], None] | None = None
+) -> Replacements:
+    """Reduce the long filters of a model, one layer after the other. The model stays unchanged.
+
+    The arguments and errors are those of `distill`.
+    """
+    mixers = _mixers(model)
+    filters: list[Any] = [getattr(mixer, "filter", None) for mixer in mixers]
     if model.config.bidirectional:
         raise ValueError("a bidirectional model cannot be distilled: it has no recurrence.")
     long = [i for i, f in enumerate(filters) if not (f is None or isinstance(f, ModalFilter))]
     if not long:
         raise ValueError("nothing to distil: every filter of this model is modal already.")
-    kernels = {layer: _read_kernel(filters[layer]) for layer in long}
-    reduced = [kernel for kernel in kernels.values() if not kernel.fits(goal)]
-    goal.check(min((kernel.length for kernel in reduced), default=sys.maxsize))
-
-    started = time.perf_counter()
-    distilled = copy.deepcopy(model)
+    lengths = [_length_to_reduce(filters[layer], goal) for layer in long]
+    goal.check(min((length for length in lengths if length), default=sys.maxsize))
     configs = [model.config.filter_of(layer) for layer in range(len(filters))]
+    found: dict[int, nn.Module] = {}
     reports = []
     if progress is not None:
         progress(0, len(long))
     for done, layer in enumerate(long, start=1):
-        mixer, filter = _mixers(distilled)[layer], filters[layer]
-        kernel, name = kernels[layer], type(mixer).__name__
-        if kernel.fits(goal):
-            report = report_kept(kernel.taps[:, : kernel.length], layer, name)
-        else:
-            before = mixer.recurrence().state_bytes(1)
-            modal, report = reduce_filter(kernel.taps, kernel.goal(goal), layer, name, kernel.share)
-            modal.max_length = filter.max_length
-            mixer.filter = modal.to(kernel.taps.device).train(mixer.training)
-            if kernel.is_window and mixer.recurrence().state_bytes(1) >= before:
-                mixer.filter = copy.deepcopy(filter)
-                report = report_kept(kernel.taps[:, : kernel.length], layer, name)
-            else:
-                configs[layer] = modal.config()
+        modal, report = _reduce_layer(mixers[layer], layer, goal)
+        if modal is not None:
+            found[layer], configs[layer] = modal, modal.config()
         reports.append(report)
         if progress is not None:
             progress(done, len(long))
-    distilled.config.filter = configs
     context = max(filters[layer].max_length for layer in long)
-    return distilled, DistillationReport(
+    return Replacements(found, configs, tuple(reports), context)
+
+
+def _length_to_reduce(filter: Any, goal: Goal) -> int | None:
+    """Return the number of taps of a filter, or None if it needs no reduction.
+
+    The taps are dropped, so that those of one layer at a time are in memory.
+    """
+    kernel = _read_kernel(filter)
+    return None if kernel.fits(goal) else kernel.length
+
+
+def _reduce_layer(mixer: Any, layer: int, goal: Goal) -> tuple[ModalFilter | None, LayerReport]:
+    """Reduce the filter of a mixer, or return None if its state would not be smaller."""
+    kernel, name = _read_kernel(mixer.filter), type(mixer).__name__
+    own = kernel.taps[:, : kernel.length]
+    if kernel.fits(goal):
+        return None, report_kept(own, layer, name)
+    modal, report = reduce_filter(kernel.taps, kernel.goal(goal), layer, name, kernel.share)
+    modal.max_length = mixer.filter.max_length
+    modal = modal.to(kernel.taps.device).train(mixer.training)
+    if kernel.is_window:
+        with_modal = _copied(mixer, {id(mixer.filter): modal})
+        if with_modal.recurrence().state_bytes(1) >= mixer.recurrence().state_bytes(1):
+            return None, report_kept(own, layer, name)
+    return modal, report
+
+
+def _copied(mixer: Any, memo: dict[int, Any]) -> Any:
+    """Return a copy of a mixer that shares its weights, with the replacements in `memo`."""
+    return copy.deepcopy(mixer, memo | {id(weight): weight for weight in mixer.parameters()})
+
+
+def report_of(
+    goal: Goal, found: Replacements, before: int, model: Any, started: float
+) -> DistillationReport:
+    """Return the report on a model whose state had `before` bytes, and which has its new filters.
+
+    Args:
+        goal: the goal of the reduction.
+        found: the new filters.
+        before: bytes of the state of one sequence before.
+        model: the distilled model.
+        started: reading of `time.perf_counter` when the reduction began.
+    """
+    return DistillationReport(
         tol=goal.tol,
         order=goal.order,
-        layers=tuple(reports),
-        context=context,
-        original_state_bytes=model.state_bytes(1, context),
-        distilled_state_bytes=distilled.state_bytes(1, context),
+        layers=found.reports,
+        context=found.context,
+        original_state_bytes=before,
+        distilled_state_bytes=model.state_bytes(1, found.context),
         seconds=time.perf_counter() - started,
     )
 

@@ -48,6 +48,7 @@ def distill_modules(
     filters: Mapping[str, FilterReader | ForeignFilter],
     goal: Goal,
     progress: Callable[[int, int], None] | None,
+    inplace: bool,
 ) -> tuple[Any, DistillationReport]:
     """Distil the submodules that `filters` names, as `gramian.distill` does."""
     if not isinstance(model, nn.Module):
@@ -55,24 +56,25 @@ def distill_modules(
     if not filters:
         raise ValueError("nothing to distil: filters names no submodule.")
     started = time.perf_counter()
-    distilled = copy.deepcopy(model)
-    kernels = {path: _kernel(distilled, path, reader) for path, reader in filters.items()}
-    goal.check(min(kernel.shape[-1] for kernel in kernels.values()))
-    reports, before, after = [], 0, 0
+    distilled = model if inplace else copy.deepcopy(model)
+    # Kernels are read twice, so that those of one submodule at a time are in memory.
+    goal.check(min(_kernel(model, path, reader).shape[-1] for path, reader in filters.items()))
+    reports, replacements, before, after = [], {}, 0, 0
     if progress is not None:
         progress(0, len(filters))
     for path, reader in filters.items():
-        kernel, module = kernels[path], distilled.get_submodule(path)
+        kernel, module = _kernel(distilled, path, reader), distilled.get_submodule(path)
         modal, report = reduce_filter(kernel, goal, path, type(module).__name__)
         replace = reader.replace if isinstance(reader, ForeignFilter) else _long_convolution
-        replacement = replace(module, modal.to(kernel.device)).train(module.training)
-        parent, _, name = path.rpartition(".")
-        setattr(distilled.get_submodule(parent), name, replacement)
+        replacements[path] = replace(module, modal.to(kernel.device)).train(module.training)
         reports.append(report)
         before += FIR(kernel).recurrence().initial_state((1, len(kernel))).nbytes
         after += modal().recurrence().initial_state((1, len(kernel))).nbytes
         if progress is not None:
             progress(len(reports), len(filters))
+    for path, replacement in replacements.items():
+        parent, _, name = path.rpartition(".")
+        setattr(distilled.get_submodule(parent), name, replacement)
     return distilled, DistillationReport(
         tol=goal.tol,
         order=goal.order,

@@ -7,8 +7,10 @@ the budget. Then larger tolerances within the last step are tried, too.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +19,11 @@ from torch import Tensor, nn
 
 from gramian._finetuning import finetune_briefly
 from gramian._modules import in_mode
-from gramian.distillation._distill import distill
+from gramian.distillation._distill import Replacements, reduce_layers, report_of
+from gramian.distillation._filters import Goal
 from gramian.distillation._report import DistillationReport, Quality, Trial
 from gramian.filters import parameter_groups
+from gramian.ops.precision import full_precision
 
 __all__ = ["distill_to_budget", "finetune", "mean_loss", "measure_quality"]
 
@@ -58,7 +62,8 @@ def measure_quality(
     """Measure the loss on a text before and after distilling without a budget.
 
     Args:
-        original: a Gramian causal language model.
+        original: a Gramian causal language model, or its loss on the text if it was distilled in
+            place.
         distilled: the distilled model that `gramian.distill` returned.
         report: the report that `gramian.distill` returned.
         input_ids: windows of the text, (count, length), with a length of at least 2.
@@ -66,7 +71,8 @@ def measure_quality(
     Returns:
         The losses. The list of trials has one entry.
     """
-    before, after = (mean_loss(model, input_ids) for model in (original, distilled))
+    before = original if isinstance(original, float) else mean_loss(original, input_ids)
+    after = mean_loss(distilled, input_ids)
     trial = Trial(report.tol, report.mean_order, after, after / before - 1)
     return Quality(input_ids.numel(), None, before, (trial,))
 
@@ -78,6 +84,7 @@ def distill_to_budget(
     *,
     max_order: int | None = None,
     tail: str = "auto",
+    inplace: bool = False,
     progress: Callable[[Trial], None] | None = None,
 ) -> tuple[Any, DistillationReport]:
     """Distil to small recurrences with which the loss on a text stays within a budget.
@@ -88,12 +95,13 @@ def distill_to_budget(
     tolerance above 0.3 is tried, even if the budget is large.
 
     Args:
-        model: a Gramian causal language model. It stays unchanged.
+        model: a Gramian causal language model. It stays unchanged, unless `inplace` is set.
         input_ids: windows of the text, (count, length), with a length of at least 2.
         max_increase: the budget: the largest increase of the mean cross-entropy, relative to the
             mean cross-entropy of the given model; positive.
         max_order: largest order of a filter, as for `gramian.distill`.
         tail: behavior of a filter past its last tap, as for `gramian.distill`.
+        inplace: whether to distil the given model itself, as for `gramian.distill`.
         progress: a function that is called with every trial.
 
     Returns:
@@ -110,19 +118,19 @@ def distill_to_budget(
         raise ValueError(f"the increase allowed must be above 0; got {max_increase!r}.")
     input_ids = input_ids.to(model.device)
     loss = mean_loss(model, input_ids)
+    small = model if inplace else copy.deepcopy(model)  # the one in which the filters take turns
     trials: list[Trial] = []
-    found: tuple[Any, DistillationReport] | None = None
+    found: tuple[Replacements, DistillationReport] | None = None
 
     def keeps(tol: float) -> bool:
         nonlocal found
-        small, report = distill(model, tol, max_order=max_order, tail=tail)
-        reached = mean_loss(small, input_ids)
+        filters, report, reached = _try(small, Goal(tol, None, max_order, tail), input_ids)
         trials.append(Trial(tol, report.mean_order, reached, reached / loss - 1))
         if progress is not None:
             progress(trials[-1])
         if not trials[-1].increase <= max_increase:  # NaN is not within the budget
             return False
-        found = (small, report)
+        found = (filters, report)
         return True
 
     tol, failed = _COARSEST, None
@@ -143,9 +151,26 @@ def distill_to_budget(
         else:
             failed = middle
     assert found is not None
-    small, report = found
+    filters, report = found
+    filters.put(small)
     quality = Quality(input_ids.numel(), max_increase, loss, tuple(trials))
     return small, dataclasses.replace(report, quality=quality)
+
+
+def _try(
+    model: Any, goal: Goal, input_ids: Tensor
+) -> tuple[Replacements, DistillationReport, float]:
+    """Return reduced filters, a report, and the loss with them. The model has its own again."""
+    with full_precision():
+        started = time.perf_counter()
+        found = reduce_layers(model, goal)
+        before = model.state_bytes(1, found.context)
+    own = found.put(model)
+    try:
+        report = report_of(goal, found, before, model, started)
+        return found, report, mean_loss(model, input_ids)
+    finally:
+        own.put(model)
 
 
 def finetune(

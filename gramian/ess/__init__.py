@@ -11,9 +11,13 @@ from typing import Any
 
 from gramian.ess._effective_state_size import (
     effective_state_size,
-    estimated_state_size,
     hankel_singular_values,
     sketched_state_size,
+)
+from gramian.ess._estimated import (
+    MeanStateSize,
+    estimated_mean_state_size,
+    estimated_state_size,
 )
 from gramian.ess._realize import realize
 from gramian.ess._state_ranks import StateRanks, state_ranks
@@ -26,10 +30,12 @@ from gramian.ess.aggregation import (
 from gramian.ess.rows import RowOperator
 
 __all__ = [
+    "MeanStateSize",
     "RowOperator",
     "StateRanks",
     "aggregate",
     "effective_state_size",
+    "estimated_mean_state_size",
     "estimated_state_size",
     "hankel_singular_values",
     "realize",

@@ -3,23 +3,18 @@ r"""The public functions that measure how much memory a causal operator uses."""
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from gramian.ess._reading import Places, Positions, Reading
+from gramian.ess._reading import Positions, Reading
 from gramian.ess.measures import Measure
-from gramian.ess.quadrature import estimate_sizes
-from gramian.ess.rows import RowOperator
 from gramian.ess.sketch import sketched_sizes
 from gramian.ops.precision import full_precision
-from gramian.ops.threads import work
 from gramian.systems import DenseOperator, System
 
 __all__ = [
     "effective_state_size",
-    "estimated_state_size",
     "hankel_singular_values",
     "sketched_state_size",
 ]
@@ -170,88 +165,6 @@ def sketched_state_size(
         reading.matrices(), reading.inside, rank, probes, iterations, seed, reading.floor()
     )
     return reading.result(sizes), reading.result(errors)
-
-
-@full_precision()
-@torch.no_grad()
-def estimated_state_size(
-    operator: RowOperator | DenseOperator | Tensor,
-    at: Positions = None,
-    tolerance: float = 0.01,
-    *,
-    horizon: int | None = None,
-    seed: int = 0,
-    memory: int = 2**30,
-) -> tuple[Tensor, Tensor]:
-    """Estimate the entropy-ESS of long contexts from products with the blocks, with an error.
-
-    Leading singular triples are deflated, and the other singular values enter through quadratures
-    from random vectors, which are drawn until the error is within the tolerance. No block is
-    formed, except those whose smaller side is at most 320, which are measured exactly. The operator
-    may be given by its rows, so that it never needs L² numbers at once. The products are computed
-    in single precision.
-
-    Args:
-        operator: An operator given by its rows, lower-triangular matrices (*C, L, L), or a
-            `DenseOperator`.
-        at: As in `effective_state_size`.
-        tolerance: The relative error to reach, between 0.001 and 1.
-        horizon: The position at which the blocks `T[i:horizon, :i]` end; by default L.
-        seed: The seed of the random vectors.
-        memory: The largest number of bytes of rows to keep. An operator of length L takes 2 L²
-            bytes. If this is more than `memory`, its rows are computed again for every product.
-
-    Returns:
-        The estimate and its error, (*C, len(at)) each, in the dtype of the operator (float32 for
-        half precision and for rows). The error is the sum of twice the standard error and of
-        estimates of what the quadratures and the deflated space leave. It is 0 where the block is
-        measured exactly, and above the tolerance where the largest number of random vectors does
-        not suffice.
-
-    Raises:
-        TypeError: if `operator` is none of these.
-        ValueError: if the tolerance, the positions or the horizon are invalid, or if a value is NaN
-            or infinite. The message then names the channel.
-    """
-    if not isinstance(operator, RowOperator | DenseOperator | Tensor):
-        raise TypeError(
-            "a RowOperator, a matrix or a DenseOperator is needed to estimate; got "
-            f"{type(operator).__name__}."
-        )
-    if not 1e-3 <= tolerance < 1:
-        raise ValueError(f"tolerance must be at least 0.001 and below 1; got {tolerance!r}.")
-    if memory < 0:
-        raise ValueError(f"memory must be at least 0 bytes; got {memory}.")
-    if isinstance(operator, RowOperator):
-        places = Places(at, None, horizon, operator.length, "RowOperator")
-        shape, dtype = torch.Size([operator.channels]), torch.float32
-    else:
-        reading = Reading(operator, at, None, horizon)
-        places, shape, dtype, matrices = reading, reading.shape, reading.dtype, reading.matrices()
-        operator = RowOperator(
-            lambda channel, rows: matrices[channel, rows],
-            reading.horizon,
-            shape.numel(),
-            reading.device,
-        )
-    given = operator
-
-    def one(channel: int) -> tuple[Tensor, Tensor]:
-        rows = partial(given.rows, channel)
-        try:
-            return estimate_sizes(
-                rows, places.horizon, places.inside, tolerance, seed, memory, given.device
-            )
-        except ValueError as error:
-            raise ValueError(f"channel {channel}: {error}") from error
-
-    like = torch.empty(0, device=given.device)
-    found = work(one, range(shape.numel()), like)
-    parts = zip(*found, strict=True) if found else [[], []]
-    sizes, errors = (
-        torch.stack([*part]) if part else like.new_zeros(0, len(places.inside)) for part in parts
-    )
-    return places.spread(sizes, shape, dtype), places.spread(errors, shape, dtype)
 
 
 def _measure(name: str, tol: float | None, rtol: float | None) -> Measure:

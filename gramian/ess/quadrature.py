@@ -24,11 +24,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gramian.ess.krylov import NOISE, krylov_space, random_signs
 from gramian.ess.measures import Measure
 from gramian.ess.rows import Blocks
 from gramian.ess.tails import Leading, Sample, Tail, quadratures
 
-__all__ = ["estimate_sizes"]
+__all__ = ["Estimate", "estimate_sizes", "measure_small"]
 
 _EXACT = 320
 """A block whose smaller side is at most this is decomposed."""
@@ -38,9 +39,6 @@ _BREADTH = 16
 
 _DEPTH = 6
 """The number of blocks of the Krylov space."""
-
-_NOISE = 1e-6
-"""A length up to which a product is taken for rounding errors, relative to the largest value."""
 
 _CONVERGED = 0.2
 """A leading triple is deflated if its residual is at most this, relative to its value."""
@@ -84,31 +82,49 @@ def estimate_sizes(
         memory: The largest number of bytes of rows to keep.
         device: The device of the rows.
     """
-    sizes = torch.zeros(2, len(positions), dtype=torch.float64, device=device)
     blocks = Blocks(rows, horizon, positions, device, memory)
-    if not positions:
-        return sizes[0], sizes[1]
-    energies, total = blocks.energies()
-    if not _LEAST < float(total) < 1 / _LEAST:
-        blocks.normalize()
-        energies, total = blocks.energies()
-    there = energies.sqrt() > torch.finfo(torch.float32).eps * total.sqrt()
-    floor = torch.zeros((), dtype=torch.float64, device=device)
-    large = []
-    for p, i in enumerate(positions):
-        if not there[p]:
-            continue
-        if min(i, horizon - i) <= _EXACT:
-            sizes[0, p] = _measured(blocks.matrix(p), floor)
-        else:
-            large.append(p)
+    sizes, large, energies = measure_small(blocks, _EXACT)
+    result = torch.stack([sizes, torch.zeros_like(sizes)])
     generator = torch.Generator().manual_seed(seed)
     group = max(1, _TOGETHER // (4 * horizon * _BREADTH))
     for start in range(0, len(large), group):
         some = large[start : start + group]
         blocks.choose([positions[p] for p in some])
-        sizes[:, some] = _Estimate(blocks, energies[some], tolerance, generator).result()
-    return sizes[0], sizes[1]
+        result[:, some] = Estimate(blocks, energies[some], tolerance, generator).result()
+    return result[0], result[1]
+
+
+def measure_small(blocks: Blocks, side: int) -> tuple[Tensor, list[int], Tensor]:
+    """Measure the blocks of which one side is small, and those that are zero up to rounding.
+
+    The operator is scaled if single precision cannot hold the squares of its entries.
+
+    Args:
+        blocks: The blocks.
+        side: The largest size of the smaller side.
+
+    Returns:
+        The sizes, (P), float64, which are 0 for all other blocks; the numbers of these; and the
+        energies of all blocks, (P), float64.
+    """
+    sizes = torch.zeros(len(blocks.positions), dtype=torch.float64, device=blocks.device)
+    if not blocks.positions:
+        return sizes, [], sizes
+    energies, total = blocks.energies()
+    if not _LEAST < float(total) < 1 / _LEAST:
+        blocks.normalize()
+        energies, total = blocks.energies()
+    there = energies.sqrt() > torch.finfo(torch.float32).eps * total.sqrt()
+    floor = sizes.new_zeros(())
+    large = []
+    for p, i in enumerate(blocks.positions):
+        if not there[p]:
+            continue
+        if min(i, blocks.horizon - i) <= side:
+            sizes[p] = _measured(blocks.matrix(p), floor)
+        else:
+            large.append(p)
+    return sizes, large, energies
 
 
 def _measured(block: Tensor, floor: Tensor) -> Tensor:
@@ -120,7 +136,7 @@ def _measured(block: Tensor, floor: Tensor) -> Tensor:
     return Measure()(eigenvalues.clamp_min(0).sqrt(), floor)
 
 
-class _Estimate:
+class Estimate:
     """An estimate for some positions of a channel.
 
     Args:
@@ -136,70 +152,19 @@ class _Estimate:
         self.blocks, self.tolerance, self.generator = blocks, tolerance, generator
         self.energies = energies
         self.positions = list(blocks.positions)
-        self.leading = self._deflated(*self._krylov())
-
-    def _signs(self, count: int) -> Tensor:
-        """Draw random signs (horizon, P, count), float32."""
-        shape = (self.blocks.horizon, len(self.blocks.positions), count)
-        signs = torch.randint(2, shape, generator=self.generator, dtype=torch.int8)
-        return (2 * signs - 1).float().to(self.blocks.device)
+        self.leading = self._deflated()
 
     # Leading singular triples
 
-    def _krylov(self) -> tuple[list[Tensor], Tensor]:
-        """Compute orthonormal vectors V (n, r) for each position and `B` (P, r, r + b), float64.
-
-        Here `H V = U B[:, :r]`, and `Hᵀ U = [V, V_next] Bᵀ`, with U orthonormal.
-        """
-        blocks, b = self.blocks, _BREADTH
-        basis: list[list[Tensor]] = [[] for _ in self.positions]
-        upper = torch.zeros(
-            len(basis), b * _DEPTH, b * (_DEPTH + 1), dtype=torch.float64, device=blocks.device
-        )
-        start = self._signs(b) * (1 - blocks.small_mask())
-        Z, _ = _orthonormal(blocks.to_small(start))
-        U, coupling, floor = None, upper.new_zeros(0), None
-        for step in range(_DEPTH):
-            here = slice(step * b, (step + 1) * b)
-            self._append(basis, Z)
-            Y = blocks.to_large(Z)
-            if U is not None:
-                Y -= _times(U, coupling)
-            U, upper[:, here, here] = _orthonormal(Y, floor)
-            if floor is None:
-                floor = _NOISE * torch.linalg.matrix_norm(upper[:, here, here], 2)
-            W = blocks.to_small(U)
-            self._project(W, basis)
-            self._project(W, basis)
-            Z, first = _orthonormal(W, floor)
-            self._project(Z, basis)
-            Z, second = _orthonormal(Z, torch.full_like(floor, 0.5))  # others were rounding errors
-            coupling = (second @ first).mT
-            upper[:, here, here.stop : here.stop + b] = coupling
-        return [torch.cat(parts, 1) for parts in basis], upper
-
-    def _append(self, basis: list[list[Tensor]], Z: Tensor) -> None:
-        for p, parts in enumerate(basis):
-            parts.append(Z[self.blocks.small(p), p].contiguous())
-
-    def _project(self, Z: Tensor, basis: list[list[Tensor]]) -> None:
-        """Subtract from Z, in place, its part in the span of the basis on the small sides."""
-        for p, parts in enumerate(basis):
-            z = Z[self.blocks.small(p), p]
-            for V in parts:
-                z -= V @ (V.mT @ z)
-
-    def _deflated(self, basis: list[Tensor], upper: Tensor) -> Leading:
-        """Choose the converged triples of a bidiagonalization."""
-        r = upper.shape[1]
-        inner = upper[..., :r]
-        squares, W = torch.linalg.eigh(inner.mT @ inner)
-        values = squares.clamp_min(0).sqrt()
-        left = inner @ W / values.clamp_min(torch.finfo(values.dtype).tiny).unsqueeze(1)
-        residual = torch.linalg.vector_norm(upper[..., r:].mT @ left, dim=1)  # (P, r)
+    def _deflated(self) -> Leading:
+        """Choose the converged triples of a block Krylov space."""
+        blocks = self.blocks
+        signs = random_signs(blocks, _BREADTH, self.generator, large=True)
+        space = krylov_space(blocks, blocks.to_small(signs), _DEPTH)
+        values, W, residual = space.triples()
         largest = values.amax(-1, keepdim=True)
-        kept = (values > 10 * _NOISE * largest) & (residual <= _CONVERGED * values)
-        vectors = [V @ W[p][:, kept[p]].to(V.dtype) for p, V in enumerate(basis)]
+        kept = (values > 10 * NOISE * largest) & (residual <= _CONVERGED * values)
+        vectors = [W[p][:, kept[p]].mT.to(V.dtype) @ V for p, V in enumerate(space.basis)]
         values = torch.where(kept, values, 0)
         rest, unsure = self._rest(values, vectors, kept)
         level = torch.where(kept, values, math.inf).amin(-1, keepdim=True) / 2
@@ -209,27 +174,26 @@ class _Estimate:
             vectors=vectors,
             rest=rest,
             unsure=unsure,
-            number=self.blocks.small_sizes() - kept.sum(-1),
+            number=blocks.small_sizes() - kept.sum(-1),
             excess=torch.where(kept, each, 0).sum(-1),
         )
 
     def _rest(self, values: Tensor, vectors: list[Tensor], kept: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the energy outside of the span of the vectors, and its error, (P) each."""
         blocks, count = self.blocks, 8
-        Z = torch.zeros(
-            blocks.horizon, len(vectors), count, dtype=torch.float64, device=blocks.device
-        )
+        shape = (len(vectors), count, blocks.horizon)
+        Z = torch.zeros(shape, dtype=torch.float64, device=blocks.device)
         leading = values.new_zeros(len(vectors))
         others = values.square().sum(-1)
         for p, V in enumerate(vectors):
             order = values[p][kept[p]].argsort(descending=True)[:count]
-            exact = torch.linalg.qr(V[:, order].double())[0]
-            Z[blocks.small(p), p, : exact.shape[1]] = exact
+            exact = torch.linalg.qr(V[order].mT.double())[0].mT
+            Z[p, : len(exact), blocks.small(p)] = exact
             others[p] -= values[p][kept[p]][order].square().sum()
-        leading = blocks.to_large(Z).square().sum((0, 2))
+        leading = blocks.to_large(Z).square().sum((1, 2))
         others = others.clamp_min(0)
         rest = (self.energies - leading - others).clamp_min(0)
-        return rest, 1e-6 * others + 1e-12 * self.energies
+        return rest, 1e-6 * others + 1e-9 * self.energies
 
     # Random vectors
 
@@ -256,29 +220,34 @@ class _Estimate:
             width = int(more[active].max().clamp(4, _BREADTH))
         return torch.stack([sizes, errors])
 
+    def tails(self, width: int) -> list[Tail]:
+        """Estimate the sizes of all positions from a number of random vectors each."""
+        samples = self._sample(list(range(len(self.positions))), width)
+        return [Tail(self.leading, p, [sample]) for p, sample in enumerate(samples)]
+
     def _sample(self, some: list[int], width: int, steps: int | None = None) -> list[Sample]:
         """Draw random vectors at some positions, and compute quadratures from each of them.
 
         By default there are as many steps as the quadratures need.
         """
-        blocks, vectors = self.blocks, [[self.leading.vectors[p]] for p in some]
-        Z = self._signs(width) * blocks.small_mask()
-        self._project(Z, vectors)
-        self._project(Z, vectors)
-        mass = Z.square().sum(0, dtype=torch.float64)  # (P, N)
+        blocks, vectors = self.blocks, [self.leading.vectors[p] for p in some]
+        Z = random_signs(blocks, width, self.generator)
+        blocks.project(Z, vectors)
+        blocks.project(Z, vectors)
+        mass = Z.square().sum(-1, dtype=torch.float64)  # (P, N)
         Z, _ = _normalized(Z)
         diagonal, beside = [], []
         Y = None
         for step in range(steps or _STEPS[-1]):
             further = blocks.to_large(Z)
-            Y = further if Y is None else further - Y * beside[-1].to(Y.dtype)
+            Y = further if Y is None else further - Y * beside[-1].to(Y.dtype).unsqueeze(-1)
             Y, length = _normalized(Y)
             diagonal.append(length)
-            W = blocks.to_small(Y) - Z * length.to(Z.dtype)
-            self._project(W, vectors)
+            W = blocks.to_small(Y) - Z * length.to(Z.dtype).unsqueeze(-1)
+            blocks.project(W, vectors)
             Z, length = _normalized(W)
             # Products amplify what rounding leaves along leading vectors, so it is removed again.
-            self._project(Z, vectors)
+            blocks.project(Z, vectors)
             beside.append(length)
             if step + 1 == steps:
                 rule = quadratures(mass, torch.stack(diagonal, -1), torch.stack(beside, -1))
@@ -323,41 +292,7 @@ class _Estimate:
 
 
 def _normalized(Z: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide vectors (L, P, N) by their lengths, and return these, (P, N), float64."""
-    length = torch.linalg.vector_norm(Z, dim=0)
+    """Divide vectors (P, N, L) by their lengths, and return these, (P, N), float64."""
+    length = torch.linalg.vector_norm(Z, dim=-1)
     scale = torch.where(length > 0, 1 / length.clamp_min(torch.finfo(Z.dtype).tiny), 0)
-    return Z * scale, length.double()
-
-
-def _times(Z: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply the vectors Z (L, P, N) of each position by a matrix (P, N, M)."""
-    return (Z.transpose(0, 1) @ matrix.to(Z.dtype)).transpose(0, 1)
-
-
-def _orthonormal(Z: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return vectors O (L, P, N) and F (P, N, N), float64, with Z = O F.
-
-    The vectors O are orthonormal or zero (Stathopoulos and Wu 2002). Directions along which Z is
-    not longer than `floor`, (P), are left out.
-    """
-    factor = torch.eye(Z.shape[-1], dtype=torch.float64, device=Z.device).expand(Z.shape[1], -1, -1)
-    for repeat in range(4):
-        by_position = Z.permute(1, 2, 0)
-        gram = (by_position @ by_position.mT).double()
-        squares, vectors = torch.linalg.eigh(gram)
-        largest = squares.amax(-1, keepdim=True)
-        done = repeat and bool(((squares - 1).abs() < 1e-4).logical_or(squares == 0).all())
-        if repeat:
-            there = squares > 1e-4
-        else:
-            there = (largest > 0).expand_as(squares)
-            if floor is not None:
-                there = squares > floor.square().unsqueeze(-1)
-            squares = squares.clamp_min(1e-7 * largest)
-        scale = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
-        change = torch.where(there.unsqueeze(1), vectors / scale.unsqueeze(1), 0)
-        Z = _times(Z, change)
-        factor = torch.where(there.unsqueeze(-1), vectors.mT * scale.unsqueeze(-1), 0) @ factor
-        if done:
-            break
-    return Z.contiguous(), factor
+    return Z * scale.unsqueeze(-1), length.double()

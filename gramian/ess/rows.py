@@ -1,15 +1,17 @@
 r"""Products with the Hankel blocks of an operator that is given by its rows.
 
-A tile of the lower triangle, the rows R and the columns C, belongs to the blocks `T[i:, :i]` of all
-positions i with C < i ≤ R. If the positions are sorted, these are neighbours. So a vector for each
-position is stored beside those of the other positions, and one product of matrices applies a tile
-to all blocks that contain it.
+A tile of the lower triangle has entries of the blocks `T[i:, :i]` of all positions i between its
+first column and its last row. If the positions are sorted, these are neighbours. So a vector for
+each position is stored beside those of the other positions, and one product of matrices applies a
+tile to all blocks that have a part of it.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,9 +51,9 @@ class RowOperator:
 class Blocks:
     """The blocks `T[i:horizon, :i]` of one channel at some positions, which multiply vectors.
 
-    The vectors of all positions are one tensor Z, (horizon, P, N). For position i, `Z[:i]` belongs
-    to the columns of its block, and `Z[i:]` to the rows. The smaller of the two is the *small side*
-    of the block, and the other one is its *large side*.
+    The vectors of all positions are one tensor Z, (P, N, horizon). For position i, `Z[..., :i]`
+    belongs to the columns of its block, and `Z[..., i:]` to the rows. The smaller of the two is the
+    *small side* of the block, and the other one is its *large side*.
 
     Args:
         rows: A function that maps a slice of rows to the rows of T, as in `RowOperator`.
@@ -96,103 +98,115 @@ class Blocks:
             largest = max(largest, float(band.amax()))
         if largest > 0:
             self.rows = lambda rows: entries(rows) / largest
-            if self._kept is not None:
-                self._kept = {}
+            self.forget()
+
+    def forget(self) -> None:
+        """Let go of the rows that are kept. They are computed again when they are needed."""
+        if self._kept is not None:
+            self._kept = {}
 
     def choose(self, positions: list[int]) -> None:
         """Choose other positions for all further products."""
         self.positions = positions
-        self.cuts = sorted({0, self.horizon, *self._bands, *positions})
         self._early = sum(i <= self.horizon - i for i in positions)
-        self._upto = [sum(i <= cut for i in positions) for cut in self.cuts]
 
     def small(self, p: int) -> slice:
         """Return where the small side of position number p is."""
         i = self.positions[p]
         return slice(0, i) if p < self._early else slice(i, self.horizon)
 
+    def large(self, p: int) -> slice:
+        """Return where the large side of position number p is."""
+        i = self.positions[p]
+        return slice(i, self.horizon) if p < self._early else slice(0, i)
+
     def small_sizes(self) -> Tensor:
         """Return the lengths of the small sides, (P), float64."""
         sizes = [min(i, self.horizon - i) for i in self.positions]
         return torch.tensor(sizes, dtype=torch.float64, device=self.device)
-
-    def small_mask(self) -> Tensor:
-        """Return 1 at the small sides and 0 at the large sides, (horizon, P, 1), float32."""
-        mask = torch.zeros(self.horizon, len(self.positions), 1, device=self.device)
-        for p in range(len(self.positions)):
-            mask[self.small(p), p] = 1
-        return mask
 
     def band(self, start: int) -> Tensor:
         """Return the rows from `start`, a multiple of the side of a tile, up to the diagonal."""
         if self._kept is not None and start in self._kept:
             return self._kept[start]
         stop = min(start + _SIDE, self.horizon)
-        rows = self.rows(slice(start, stop))[:, :stop].float()
+        rows = self.rows(slice(start, stop))[:, :stop].float().tril(start)
         if self._kept is not None:
-            if rows.untyped_storage().nbytes() > 2 * rows.nbytes:  # a view of something larger
-                rows = rows.clone()
             self._kept[start] = rows
         return rows
 
-    def _tiles(self) -> Iterator[tuple[slice, slice, int, int, Tensor]]:
-        """Yield rows, columns, the first and the last position (exclusive) of a tile, and it."""
-        inside = 0
-        for start in self._bands:
-            band = self.band(start)
-            while inside + 1 < len(self.cuts) and self.cuts[inside] < start + len(band):
-                top, bottom = self.cuts[inside], self.cuts[inside + 1]
-                last = self._upto[
-                    inside
-                ]  # the blocks of the positions before this one have these rows
-                for k in range(inside):
-                    left, right = self.cuts[k], self.cuts[k + 1]
-                    first = self._upto[k]  # and the blocks from this position on have these columns
-                    if first < last:
-                        tile = band[top - start : bottom - start, left:right]
-                        yield slice(top, bottom), slice(left, right), first, last, tile
-                inside += 1
-
     def to_large(self, Z: Tensor) -> Tensor:
-        """Multiply vectors on the small sides by the blocks: vectors on the large sides."""
-        return self._apply(Z, self._early)
+        """Multiply vectors on the small sides by the blocks: vectors on the large sides.
+
+        The vectors must be 0 on the large sides.
+        """
+        result = self._apply(Z, self._early)
+        for p in range(len(self.positions)):
+            result[p, :, self.small(p)] = 0
+        return result
 
     def to_small(self, Z: Tensor) -> Tensor:
-        """Multiply vectors on the large sides by the transposed blocks."""
-        return self._apply(Z, self._early, transposed=True)
+        """Multiply vectors on the large sides by the transposed blocks.
+
+        The vectors must be 0 on the small sides.
+        """
+        result = self._apply(Z, self._early, transposed=True)
+        for p in range(len(self.positions)):
+            result[p, :, self.large(p)] = 0
+        return result
 
     def _apply(self, Z: Tensor, early: int, transposed: bool = False) -> Tensor:
-        width = Z.shape[-1]
-        source, result = Z.flatten(1), torch.zeros_like(Z).flatten(1)
-        for rows, columns, first, last, tile in self._tiles():
-            middle = min(max(early, first), last)
-            tile = tile.to(Z.dtype)
-            down, up = slice(first * width, middle * width), slice(middle * width, last * width)
-            if transposed:
-                down, up = up, down
-            if down.start < down.stop:
-                result[rows, down].addmm_(tile, source[columns, down])
-            if up.start < up.stop:
-                result[columns, up].addmm_(tile.mT, source[rows, up])
+        """Multiply vectors by all of T that has a part of their blocks.
+
+        What is outside of the blocks reaches only the sides that the vectors come from.
+        """
+        width = Z.shape[1]
+        source, result = Z.flatten(0, 1), torch.zeros_like(Z).flatten(0, 1)
+        for top in self._bands:
+            band = self.band(top)
+            rows = slice(top, top + len(band))
+            last = bisect.bisect_left(self.positions, rows.stop)
+            for left in range(0, rows.stop, _SIDE):
+                columns = slice(left, min(left + _SIDE, rows.stop))
+                first = bisect.bisect_right(self.positions, left)
+                middle = min(max(early, first), last)
+                tile = band[:, columns].to(Z.dtype)
+                down, up = slice(first * width, middle * width), slice(middle * width, last * width)
+                if transposed:
+                    down, up = up, down
+                if down.start < down.stop:
+                    result[down, rows].addmm_(source[down, columns], tile.mT)
+                if up.start < up.stop:
+                    result[up, columns].addmm_(source[up, rows], tile)
         return result.reshape(Z.shape)
+
+    def project(self, Z: Tensor, vectors: list[Tensor]) -> None:
+        """Subtract from Z, in place, its part in the span of orthonormal vectors.
+
+        Args:
+            Z: (P, N, horizon).
+            vectors: For every position, vectors (r, n) on its small side.
+        """
+        for p, V in enumerate(vectors):
+            z = Z[p, :, self.small(p)]
+            z -= (z @ V.mT) @ V
 
     def energies(self) -> tuple[Tensor, Tensor]:
         """Compute ‖H_i‖_F² at every position, (P), and ‖T‖_F², in float64."""
-        cuts = torch.tensor(self.cuts, device=self.device)
-        blocks = torch.zeros(len(self.cuts), len(self.cuts), dtype=torch.float64)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for start in self._bands:
-            band = self.band(start).double().tril(start)
-            total += band.square().sum()
-            sums = torch.nn.functional.pad(band.square().cumsum(1), (1, 0))
-            inner = cuts[(cuts <= start + len(band))]
-            for row in range(len(self.cuts) - 1):
-                if start <= self.cuts[row] < start + len(band):
-                    at = slice(self.cuts[row] - start, self.cuts[row + 1] - start)
-                    blocks[row, : len(inner)] = sums[at][:, inner].sum(0).cpu()
-        below = blocks.flip(0).cumsum(0).flip(0)  # of all rows from a cut on, up to a column
-        where = [self.cuts.index(i) for i in self.positions]
-        return below[where, where].to(self.device), total
+        cuts = sorted({0, self.horizon, *self._bands, *self.positions})
+        parts = torch.zeros(len(cuts), len(cuts), dtype=torch.float64, device=self.device)
+        ends = list(itertools.pairwise(cuts))
+        for top in self._bands:
+            squares = self.band(top).square()
+            for j, (first, last) in enumerate(ends):
+                if top <= first < top + len(squares):
+                    rows = squares[first - top : last - top]
+                    for k, (left, right) in enumerate(ends[: j + 1]):
+                        parts[j, k] = rows[:, left:right].sum(dtype=torch.float64)
+        # of all rows from a cut on, up to a column
+        below = parts.flip(0).cumsum(0).flip(0).cumsum(1)
+        at = [cuts.index(i) for i in self.positions]
+        return below[at, [k - 1 for k in at]], parts.sum()
 
     def matrix(self, p: int) -> Tensor:
         """Return the block of position number p, with its small side last, in float64."""

@@ -27,7 +27,7 @@ class Leading:
 
     Attributes:
         values: (P, r), float64, in any order. Zeros stand where a position has fewer.
-        vectors: The singular vectors on the small sides, one matrix (n, r) for each position.
+        vectors: The singular vectors on the small sides, (r, n) for each position.
         rest: (P), float64: the energy of all other values.
         unsure: (P), float64: the error of `rest`.
         number: (P), float64: the number of all other values.
@@ -91,6 +91,8 @@ class Tail:
         count: The number of random vectors.
         expected: The square of the relative scatter of one vector that the spectrum implies.
         observed: The same, from the scatter of the vectors.
+        corrections: By how much the two extrapolations of the quadratures change the estimate, (2),
+            relative.
         quadrature: The relative error of the quadratures.
         systematic: The relative error that the deflated space and the energy leave.
     """
@@ -136,7 +138,8 @@ class Tail:
         factors = slope * total_factors + log_slope * log_factors
         self.expected = 2 * (weight * (influence - factors @ basis).square()).sum()
         self.observed = (slope * totals + log_slope * logs).var()
-        one, other = (slope * total_corrections + log_slope * log_corrections).tolist()
+        self.corrections = slope * total_corrections + log_slope * log_corrections
+        one, other = self.corrections.tolist()
         changes = slope * total_changes + log_slope * log_changes
         self.quadrature = 0.25 * abs(one + other) + 2 * abs(other)
         self.quadrature += 2 * float(changes.std()) / math.sqrt(len(changes))

@@ -13,6 +13,7 @@ from gramian._checks import check_sizes
 from gramian._modules import SinglePrecisionModule
 from gramian._nearest import unknown
 from gramian._registry import registering
+from gramian.ops.devices import has_float64
 from gramian.ops.precision import full_precision
 from gramian.systems import System
 
@@ -45,8 +46,21 @@ class Filter(SinglePrecisionModule, abc.ABC):
         self.max_length = max_length
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.needs_float64:
+            device = next(self.parameters()).device
+            if not has_float64(device):
+                raise NotImplementedError(
+                    f"the filter {self.name!r} is computed in double precision, which the device "
+                    f"{device.type!r} does not have; move the model to the CPU, or take a filter "
+                    "such as 'implicit', or 'rtf' with a truncated numerator."
+                )
         with full_precision():
             return super().__call__(*args, **kwargs)
+
+    @property
+    def needs_float64(self) -> bool:
+        """Whether the system is made in double precision, which not every device has."""
+        return False
 
     @abc.abstractmethod
     def forward(self, length: int | None = None) -> System:

@@ -20,6 +20,10 @@ Selection: TypeAlias = Callable[[Tensor], Tensor]
 class RationalFilter(Filter):
     """A filter whose systems have a finite number of poles."""
 
+    @property
+    def needs_float64(self) -> bool:
+        return True
+
     @abc.abstractmethod
     def poles(self) -> Tensor:
         """Return the poles of every channel, with their conjugates: (channels, n), complex128."""

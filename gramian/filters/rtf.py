@@ -18,6 +18,8 @@ from gramian._checks import check_choice
 from gramian.filters._filter import register
 from gramian.filters._rational import RationalFilter
 from gramian.ops import rational_impulse_response
+from gramian.ops.devices import has_float64
+from gramian.ops.polynomial import single_precision_error
 from gramian.ops.reflection import step_down, step_up
 from gramian.reduction import find_modal_form
 from gramian.systems import TransferFunction
@@ -26,6 +28,7 @@ __all__ = ["RTF"]
 
 _NUMERATORS = ("truncated", "exact")
 _STABILITIES = ("none", "montel", "schur")
+_PRECISIONS = ("auto", "double", "single")
 _INITIALIZATIONS = ("zeros", "xavier", "montel", "schur")
 
 _REFLECTION_LIMIT = 1 - 1e-6
@@ -40,8 +43,9 @@ _SLACK = 1e-6
 class RTF(RationalFilter):
     """Filters with a rational transfer function, whose coefficients are the parameters.
 
-    Coefficients are transformed and divided in float64, since in float32 the spectrum itself is off
-    by more than 1e-4 for most stable systems beyond n = 16. The system that `forward` returns has
+    By default coefficients are transformed and divided in float64, since in float32 the spectrum
+    itself is off by more than 1e-4 for most stable systems beyond n = 16. `kernel_error` says how
+    far the taps in float32 are from those in float64. The system that `forward` returns has
     the exact numerator, so its recurrence computes the convolution that was learned. The attributes
     `form` and `error` of the recurrence say which form it has, and how close it is to the
     convolution.
@@ -68,6 +72,9 @@ class RTF(RationalFilter):
             circle. "schur" takes the reflection coefficients tanh θ with θ normal of variance 1/n,
             and b as in "montel".
         lr: The learning rate of the denominators' parameters; by default that of the model.
+        precision: The precision of the transforms. "double" is float64, "single" is float32, and
+            "auto" is float64 on devices that have it and float32 on others. Many GPUs compute in
+            float64 at a small part of their speed. "single" needs a truncated numerator.
 
     Raises:
         ValueError: if an argument does not have one of the values described here.
@@ -83,6 +90,7 @@ class RTF(RationalFilter):
         num_denominators: int | None = None,
         initialization: str = "zeros",
         lr: float | None = None,
+        precision: str = "auto",
     ) -> None:
         super().__init__(channels, max_length)
         if not 1 <= state_size < max_length:
@@ -93,12 +101,18 @@ class RTF(RationalFilter):
             ("numerator", numerator, _NUMERATORS),
             ("stability", stability, _STABILITIES),
             ("initialization", initialization, _INITIALIZATIONS),
+            ("precision", precision, _PRECISIONS),
         ):
             check_choice(name, value, accepted)
         if stability == "schur" and initialization == "xavier":
             raise ValueError(
                 'the initialization "xavier" can be unstable, which stability "schur" cannot hold; '
                 'take "zeros", "montel" or "schur".'
+            )
+        if precision == "single" and numerator == "exact":
+            raise ValueError(
+                'an "exact" numerator is computed in double precision; got the precision "single", '
+                'which needs the numerator "truncated".'
             )
         num_denominators = channels if num_denominators is None else num_denominators
         if num_denominators < 1 or channels % num_denominators:
@@ -111,6 +125,7 @@ class RTF(RationalFilter):
         self.num_denominators = num_denominators
         self.initialization = initialization
         self.lr = lr
+        self.precision = precision
         coefficients = nn.Parameter(torch.empty(num_denominators, state_size))
         if stability == "schur":
             self.theta = coefficients
@@ -189,24 +204,27 @@ class RTF(RationalFilter):
         self._set(a)
 
     def reflection(self) -> Tensor:
-        """Return the reflection coefficients of the denominators, (num_denominators, n), float64.
+        """Return the reflection coefficients of the denominators, (num_denominators, n).
 
-        With the stability "schur", the parameters determine them. Otherwise they are computed from
-        the denominators, and a coefficient outside of (-1, 1) shows that a pole is outside the unit
-        circle.
+        With the stability "schur", the parameters determine them, in the filter's precision.
+        Otherwise they are computed from the denominators in float64, and a coefficient outside of
+        (-1, 1) shows that a pole is outside the unit circle.
         """
         if self.stability == "schur":
-            return _REFLECTION_LIMIT * torch.tanh(self.theta.double())
+            return _REFLECTION_LIMIT * torch.tanh(self.theta.to(self._dtype))
         return step_down(self.denominator())
 
     def denominator(self) -> Tensor:
-        """Return `a_1 … a_n`, (num_denominators, n), in float64 unless `stability` is "none"."""
+        """Return `a_1 … a_n`, (num_denominators, n), in the filter's precision.
+
+        With the stability "none", they are the parameters, in their own precision.
+        """
         if self.stability == "schur":
-            return step_up(self.reflection())
+            return step_up(self.reflection(), self._dtype)
         if self.stability == "montel":
-            a = self.a.double()
+            a = self.a.to(self._dtype)
             norm = a.abs().sum(-1, keepdim=True)
-            return a / (norm + self.slack.double().abs().unsqueeze(-1) + _SLACK)
+            return a / (norm + self.slack.to(a).abs().unsqueeze(-1) + _SLACK)
         return self.a.clone()
 
     @torch.no_grad()
@@ -221,6 +239,35 @@ class RTF(RationalFilter):
         """Return the number of roots of unity at which the transfer function is sampled."""
         return self.max_length + self.max_length % 2
 
+    @property
+    def needs_float64(self) -> bool:
+        return self.numerator == "exact" or self.precision == "double"
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The precision in which coefficients are transformed and divided."""
+        if self.precision == "auto" and self.numerator == "truncated":
+            return torch.float64 if has_float64(self.d.device) else torch.float32
+        return torch.float32 if self.precision == "single" else torch.float64
+
+    @torch.no_grad()
+    def kernel_error(self) -> Tensor:
+        """Bound the relative error of each channel's taps in float32, to first order: (channels,).
+
+        The bound is `gramian.ops.polynomial.single_precision_error`. It needs a truncated
+        numerator, whose taps alone can be computed in float32.
+
+        Raises:
+            ValueError: if the numerator is "exact".
+        """
+        if self.numerator == "exact":
+            raise ValueError(
+                'only the taps of a "truncated" numerator can be computed in float32; this one is '
+                '"exact".'
+            )
+        a = self.denominator().repeat_interleave(self.channels // self.num_denominators, 0)
+        return single_precision_error(self.b, a, self.d, self.grid)
+
     def forward(self, length: int | None = None) -> TransferFunction:
         shared = (self.num_denominators, self.channels // self.num_denominators)
         length = min(self.max_length, length or self.max_length)
@@ -230,7 +277,7 @@ class RTF(RationalFilter):
         reflection = self.reflection().unsqueeze(1) if self.stability == "schur" else None
         if self.numerator == "truncated":
             system = TransferFunction.from_truncated(
-                b, a, d, self.grid, length, torch.float64, reflection, find_modal_form
+                b, a, d, self.grid, length, self._dtype, reflection, find_modal_form
             )
         else:
             b, d, a = b.double(), d.double(), a.double()
@@ -253,6 +300,7 @@ class RTF(RationalFilter):
             "num_denominators": self.num_denominators,
             "initialization": self.initialization,
             "lr": self.lr,
+            "precision": self.precision,
         }
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:

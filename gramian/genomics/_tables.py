@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from gramian._hashing import hash_file
 from gramian._json import to_json
 from gramian._staging import staged_file
 from gramian.genomics._likelihood import LogLikelihood, language_model
@@ -148,18 +149,10 @@ def _describe(
         "format": FORMAT,
         "weights": weights.hexdigest(),
         "device": next(model.parameters()).device.type,
-        **{name: _hash(file) for name, file in files.items() if file is not None},
+        **{name: hash_file(file) for name, file in files.items() if file is not None},
         **given,
     }
     return to_json(described, sort_keys=True)
-
-
-def _hash(file: str | Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _columns(of_variants: bool, both: bool) -> list[str]:

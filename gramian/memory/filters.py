@@ -31,7 +31,13 @@ _LEADING = 32
 """The number of singular values that are computed for larger blocks."""
 
 _BLOCK = 2**23
-"""The maximal number of entries of the matrices, or of the Lanczos bases, that are held at once."""
+"""The maximal number of entries of the Lanczos bases that are held at once."""
+
+_MATRICES = 2**20
+"""The maximal number of entries of the matrices whose eigenvalues are computed together.
+
+LAPACK takes one matrix after the other, so that more of them would only need more memory.
+"""
 
 
 @torch.no_grad()
@@ -53,11 +59,12 @@ def filter_state_sizes(kernel: Tensor) -> Tensor:
     norm = (kernel[:, : 2 * side].square() * count).sum(-1).sqrt()
     floor = torch.finfo(kernel.dtype).eps * norm
     taps = kernel[:, 1 : 2 * side]
-    size = max(1, _BLOCK // (side * (side if side <= _DENSE else 4 * _LEADING + 36)))
+    dense = side <= _DENSE
+    size = max(1, _MATRICES // side**2 if dense else _BLOCK // (side * (4 * _LEADING + 36)))
 
     def run(start: int) -> Tensor:
         hankel = Hankel(taps[start : start + size], side, side)
-        if side <= _DENSE:
+        if dense:
             values = torch.linalg.eigvalsh(hankel.matrix()).abs()
         else:
             values = _extrapolated(leading_spectrum(hankel, _LEADING).values, hankel)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gramian.ops.devices import from_host
 from gramian.systems import Pause
 
 __all__ = ["Part", "Segments", "has_values"]
@@ -231,7 +232,7 @@ class Segments:
         places = tokens.new_zeros(self.shape[0] * self.shape[1])
         offset = 0
         for bucket in buckets:
-            chosen = torch.tensor(bucket, device=tokens.device)
+            chosen = from_host(bucket, tokens.device)
             width = sizes[bucket[-1]]
             first = width - lengths[chosen, None]  # the column of the first token
             columns = torch.arange(width, device=tokens.device)
@@ -267,7 +268,7 @@ class Segments:
             numbers = self.numbers.flatten()[tokens]
             new[1:] |= numbers[1:] != numbers[:-1]
         begins = new.nonzero().squeeze(1)
-        ends = torch.cat([begins[1:], begins.new_tensor([len(tokens)])])
+        ends = torch.nn.functional.pad(begins[1:], (0, 1), value=len(tokens))
         if self.numbers is not None:
             pairs = torch.stack([rows[begins], numbers[begins]], 1)
             if len(pairs.unique(dim=0)) < len(pairs):

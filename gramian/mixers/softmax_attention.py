@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from gramian._checks import check_divides, check_sizes
 from gramian.mixers.mixer import Mixer
 from gramian.mixers.registry import register
+from gramian.ops.devices import from_host
 from gramian.ops.packed import Linear
 from gramian.systems import DenseOperator, State, System, working_dtype
 
@@ -220,7 +221,7 @@ class SoftmaxAttention(Mixer):
             exponents = torch.arange(half, device=x.device, dtype=dtype) * (-1 / half)
             frequencies = torch.pow(self.rotary_base, exponents)
         else:
-            frequencies = torch.tensor(self.rotary_frequencies, device=x.device, dtype=dtype)
+            frequencies = from_host(self.rotary_frequencies, x.device, dtype)
         frequencies = frequencies / self.rotary_scaling
         angles = positions.to(dtype)[:, None, :, None] * frequencies  # (batch, 1, length, half)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)

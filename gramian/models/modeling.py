@@ -189,7 +189,7 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         check_past(past_key_values, attention_mask, (input_ids,))
         if progress is not None:
             progress(0, length)
-        some_column = torch.tensor([-1], device=input_ids.device)
+        some_column = torch.full((1,), -1, device=input_ids.device)
         outputs = None
         for begin in range(0, max(length, 1), chunk_size):
             part = slice(begin, begin + chunk_size)

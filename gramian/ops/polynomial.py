@@ -22,6 +22,7 @@ from torch.library import register_fake, register_vmap
 from gramian.ops._blocks import cut
 from gramian.ops._operator import batch_first, differentiable, operator
 from gramian.ops.derivatives import records_derivatives
+from gramian.ops.devices import has_float64
 
 # The number of grid points in one block, and the fewest rows that are worth a call of the FFT.
 _CPU_BLOCK = 2**17
@@ -148,6 +149,44 @@ def rational_impulse_response(b: Tensor, a: Tensor, d: Tensor, length: int) -> T
     growth = torch.pow(1e5, 2 * exponents / grid)  # the powers of the circle's radius
     b, a = (c.double() / growth[1 : c.shape[-1] + 1] for c in (b, a))
     return rational_kernel(b, a, d.double(), grid, length=length) * growth[:length]
+
+
+def single_precision_error(b: Tensor, a: Tensor, d: Tensor, grid: int) -> Tensor:
+    """Bound the relative error of `rational_kernel` in float32, to first order in its rounding.
+
+    An FFT of N points rounds every value of a spectrum by about `ε √(log2 N)` of the root of the
+    coefficients' sum of squares. With K = B / A, the spectrum of the taps is then off by
+
+        |δK| ≤ 4 ε √(log2 N) (‖b‖ + |K| ‖(1, a)‖) / |A| + 4 ε √(log2 N) |K|.
+
+    The factor 4 covers coefficients that are themselves rounded to float32. A result near 1 or
+    above says that float32 cannot represent the kernel: poles near the unit circle that are close
+    to each other make |A| small and `‖a‖` large.
+
+    Args:
+        b: (*C, n), real: the numerator's coefficients.
+        a: (*C, n), real: the denominator's coefficients.
+        d: (*C), real: the direct term.
+        grid: The number of points of the transforms.
+
+    Returns:
+        (*C): ‖ĥ − h‖₂ / ‖h‖₂ at most, over all `grid` taps; 0 for a kernel that is zero.
+    """
+    dtype = torch.float64 if has_float64(b.device) else torch.float32
+    b, a, d = b.to(dtype), a.to(dtype), d.to(dtype)
+    A, B = _spectrum(a, 1.0, grid, dtype), _spectrum(b, 0.0, grid, dtype)
+    K, size = (B / A).abs(), A.abs()
+    unit = 4 * torch.finfo(torch.float32).eps * math.sqrt(math.log2(max(grid, 2)))
+    of_b, of_a = b.norm(dim=-1, keepdim=True), (1 + a.square().sum(-1, keepdim=True)).sqrt()
+    error = unit * ((of_b + K * of_a) / size + K)
+    twice = torch.full_like(size, 2.0)  # every other root of unity has a conjugate
+    twice[..., 0] = 1
+    if grid % 2 == 0:
+        twice[..., -1] = 1
+    energy = (twice * (B / A + d.unsqueeze(-1)).abs().square()).sum(-1)
+    wrong = (twice * error.square()).sum(-1)
+    smallest = torch.finfo(dtype).tiny
+    return torch.where(energy > 0, (wrong / energy.clamp_min(smallest)).sqrt(), 0)
 
 
 def _check_real(function: str, **tensors: Tensor) -> None:

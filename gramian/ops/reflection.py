@@ -20,12 +20,12 @@ _ELEMENTS = 2**24
 """The largest number of elements that the triangular matrices in memory have at one time."""
 
 
-def step_up(reflection: Tensor) -> Tensor:
+def step_up(reflection: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Compute denominator coefficients `a_1 … a_n` from reflection coefficients, both (*C, n).
 
-    The result is in float64 and differentiable.
+    The result is in `dtype` and differentiable.
     """
-    k = reflection.double()
+    k = reflection.to(dtype)
     a = k[..., :0]
     for m in range(k.shape[-1]):
         last = k[..., m : m + 1]

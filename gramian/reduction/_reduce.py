@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gramian.ops.devices import has_float64
 from gramian.ops.precision import full_precision
 from gramian.ops.threads import work
 from gramian.reduction import errors
@@ -337,12 +338,12 @@ def _check_finite(kernel: Tensor) -> None:
 
 
 def _work_device(device: torch.device) -> torch.device:
-    """Return the device on which to compute: the CPU for Apple's GPUs, which have no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
+    """Return the device on which to compute: the CPU for a device that has no float64."""
+    return device if has_float64(device) else torch.device("cpu")
 
 
 def _returned(figure: Tensor, device: torch.device) -> Tensor:
-    return figure.float().to(device) if device.type == "mps" else figure.to(device)
+    return figure.to(device) if has_float64(device) else figure.float().to(device)
 
 
 def _block_size(taps: Tensor, order: int) -> int:

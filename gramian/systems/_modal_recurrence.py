@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from gramian.ops.devices import from_host
 from gramian.systems._recurrence import Recurrence
 from gramian.systems._state import State, broadcasts, define_state, joined_shape
 from gramian.systems._system import working_dtype
@@ -181,7 +182,7 @@ class ModalRecurrence(Recurrence[ModalState]):
                 read_imaginary = -residues.imag.to(dtype).contiguous()
             self._groups.append(
                 _GroupStep(
-                    None if channels is None else torch.tensor(channels, device=poles.device),
+                    None if channels is None else from_host(channels, poles.device),
                     real,
                     imaginary,
                     read,
@@ -291,7 +292,7 @@ class ModalBlockForm(BlockForm[ModalState]):
                 value.reshape(part.d.numel(), value.shape[-1])
                 for value in (part.poles, part.residues)
             )
-            index = None if channels is None else torch.tensor(channels, device=poles.device)
+            index = None if channels is None else from_host(channels, poles.device)
             d = part.d.flatten()
             kind = ScalingBlocks if system.real else RotationBlocks
             parts.append(kind.from_modes(poles, residues, d, size, dtype, index))

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gramian.ops.devices import from_host
 from gramian.systems._state import State
 from gramian.systems.fir import FIRState, FIRWindowState
 
@@ -97,8 +98,8 @@ def apply_paused(operator: Operator, u: Tensor, state: State, pause: Pause) -> t
     u = u.movedim(-1, 1)  # (batch, T, *C')
     y = torch.zeros_like(u)
     for streams, begins, length in pause.pieces:
-        rows = torch.tensor(streams, device=u.device)
-        columns = torch.tensor(begins, device=u.device)[:, None]
+        rows = from_host(streams, u.device)
+        columns = from_host(begins, u.device)[:, None]
         place = rows[:, None], columns + torch.arange(length, device=u.device)
         made, after = operator(u[place].movedim(1, -1), state.select(rows))
         y = y.index_put(place, made.movedim(-1, 1).to(y.dtype))
@@ -110,7 +111,7 @@ def _apply_to_moved_past(
     operator: Operator, u: Tensor, state: FIRState | FIRWindowState, pause: Pause
 ) -> tuple[Tensor, State]:
     y, after = operator(*state.moved(u, pause.steps))
-    steps = torch.tensor(pause.steps, device=u.device).reshape(-1, *(1,) * (u.ndim - 1))
+    steps = from_host(pause.steps, u.device).reshape(-1, *(1,) * (u.ndim - 1))
     waits = torch.arange(u.shape[-1], device=u.device) < steps
     return y.to(u.dtype).masked_fill(waits, 0), after
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gramian.ops import causal_convolution
+from gramian.ops.devices import from_host
 from gramian.ops.vandermonde import (
     geometric_powers,
     integer_power,
@@ -258,7 +259,7 @@ class Modal(TimeInvariantSystem[ModalState]):
         for group, modes in zip(self.groups, state.modes, strict=True):
             part, chosen = self.part(group), signal
             if group.channels is not None:
-                index = torch.tensor(group.channels, device=u.device)
+                index = from_host(group.channels, u.device)
                 chosen = signal.index_select(-self.d.ndim - 1, index)
             re = modes.select(pair, 0)
             im = torch.zeros_like(re) if self.real else modes.select(pair, 1)
@@ -312,7 +313,7 @@ class Modal(TimeInvariantSystem[ModalState]):
             self.d,
         )
         if group.channels is not None:
-            index = torch.tensor(group.channels, device=d.device)
+            index = from_host(group.channels, d.device)
             poles, residues, d = (value.index_select(0, index) for value in (poles, residues, d))
         return Modal(poles, residues, d, real=self.real)
 
@@ -360,6 +361,5 @@ def _ungroup(parts: list[Tensor], groups: tuple[Group, ...], dim: int) -> Tensor
     if len(parts) == 1:
         return parts[0]
     order = sum((group.channels or () for group in groups), ())
-    return torch.cat(parts, dim=dim).index_select(
-        dim, torch.tensor(order, device=parts[0].device).argsort()
-    )
+    index = from_host(order, parts[0].device).argsort()
+    return torch.cat(parts, dim=dim).index_select(dim, index)

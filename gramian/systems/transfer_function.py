@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gramian.ops import causal_convolution, rational_kernel
+from gramian.ops.devices import has_float64
 from gramian.ops.recursion import all_pole_filter
 from gramian.systems._modal_recurrence import ModalRecurrence, ModalState
 from gramian.systems._recurrence import Recurrence
@@ -206,9 +207,9 @@ class TransferFunction(TimeInvariantSystem[Any]):
             return self.taps if whole else self.taps[..., :length]
         if length == 1 or self.order == 0:
             return torch.nn.functional.pad(self.d.unsqueeze(-1), (0, length - 1))
-        impulse = torch.zeros(*self.channel_shape, length - 1, dtype=torch.float64)
+        impulse = self.a.new_zeros(*self.channel_shape, length - 1, dtype=torch.float64)
         impulse[..., 0] = 1
-        series = all_pole_filter(self.a.double(), impulse.to(self.device))
+        series = all_pole_filter(self.a.double(), impulse)
         tail = causal_convolution(series, self.b.double()).to(self.dtype)
         return torch.cat([self.d.unsqueeze(-1), tail], dim=-1)
 
@@ -236,8 +237,8 @@ class TransferFunction(TimeInvariantSystem[Any]):
                 single precision. "modal" steps the poles and residues that the `reducer` finds for
                 the known taps at order n. "online" is the exact convolution with the known taps.
                 None chooses the first of these that is available and reproduces the known taps to
-                1e-5. If no taps are known, the coefficients define the system, and None chooses
-                "companion".
+                1e-5, and "online" on a device without double precision. If no taps are known, the
+                coefficients define the system, and None chooses "companion".
 
         Raises:
             ValueError: if `form` is none of these, if it is "lattice" and no reflection
@@ -265,6 +266,8 @@ class TransferFunction(TimeInvariantSystem[Any]):
             return forms[form]()
         if self.taps is None:
             return forms["companion"]()
+        if not has_float64(self.device):  # the others are made and verified in double precision
+            return forms["online"]()
         tried = (build() for build in forms.values())
         return next(recurrence for recurrence in tried if recurrence.error <= _TOLERANCE)
 

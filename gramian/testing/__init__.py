@@ -13,10 +13,23 @@ plain functions, so they work with any test runner:
 Random inputs depend only on the argument `seed`, and the global random generators do not change.
 """
 
+from gramian.testing.device import check_device
 from gramian.testing.filter import check_filter
 from gramian.testing.mixer import check_mixer
 from gramian.testing.reader import check_reader
+from gramian.testing.simulated import Wait, recorded_waits, simulated_device, without_float64
 from gramian.testing.system import check_system
 from gramian.testing.task import check_task
 
-__all__ = ["check_filter", "check_mixer", "check_reader", "check_system", "check_task"]
+__all__ = [
+    "Wait",
+    "check_device",
+    "check_filter",
+    "check_mixer",
+    "check_reader",
+    "check_system",
+    "check_task",
+    "recorded_waits",
+    "simulated_device",
+    "without_float64",
+]

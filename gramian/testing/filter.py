@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,12 @@ def check_filter(filter: Filter, *, tolerance: float = 1e-4, seed: int = 0) -> N
     check_system(system, tolerance=1e-7, seed=seed)
 
 
+def _built(config: dict[str, Any], filter: Filter) -> Filter:
+    """Build a filter from its configuration, on the device of another one."""
+    weights = [*filter.parameters(), *filter.buffers()]
+    return build(config).to(weights[0].device) if weights else build(config)
+
+
 def _taps(filter: Filter, length: int) -> Tensor:
     taps: Tensor = filter(length).impulse_response(length)
     return taps
@@ -69,7 +76,7 @@ def _check_config(filter: Filter, name: str) -> None:
     require(hasattr(filter, "name"), f"{name}: it must be registered, by `filters.register`.")
     config = require_json(name, filter.config())
     try:
-        again = build(config)
+        again = _built(config, filter)
     except ValueError as error:
         sentence = f"{name}: build(config()) must make the same filter again: {error}"
         raise AssertionError(sentence) from error
@@ -115,7 +122,7 @@ def _check_lengths(filter: Filter, name: str, tolerance: float) -> None:
             claim = f"{name}: filter({length}) must have the first taps of filter()"
             require_close(claim, _taps(filter, length), taps[:, :length], tolerance)
         try:
-            short = build(filter.config() | {"max_length": length})
+            short = _built(filter.config() | {"max_length": length}, filter)
         except ValueError:  # a filter may refuse a max_length that is too small
             continue
         require(

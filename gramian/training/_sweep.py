@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from gramian._checks import check_sizes
+from gramian._cluster import Call, Lost, run_calls
 from gramian._drawing import save_figure
 from gramian._processes import require_one_process
 from gramian._staging import staged_file
@@ -278,57 +279,27 @@ def _end_with_parent() -> None:
 
 
 def _by_ray(waiting: list[SweepPoint], address: str | None) -> Iterator[_Outcome]:
-    """Run points as tasks of a Ray cluster.
-
-    The cluster starts each task when it has the resources.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError(
-            'a sweep over many machines needs Ray: pip install "gramian[ray]".', name="ray"
-        ) from error
-
-    here = not ray.is_initialized()
-    if here:
-        ray.init(address=address, log_to_driver=False)
-    try:
-        resources = ray.cluster_resources()
-        remote = ray.remote(max_calls=1, max_retries=0)(_work_remotely)
-        points: dict[Any, SweepPoint] = {}
-        for point in waiting:
-            hardware = point.config.hardware
-            wants = hardware.device == "auto" and resources.get("GPU", 0) >= 1
-            threads = hardware.threads or 1
-            task = remote.options(num_cpus=threads, num_gpus=int(wants), name=point.name)
-            points[task.remote(point.config, threads, os.getcwd(), _log(point))] = point
-        while points:
-            ended, _ = ray.wait(list(points), timeout=POLL)
-            done = [points.pop(one) for one in ended]
-            share = sum(_share(point) for point in points.values())
-            for one, point in zip(ended, done, strict=True):
-                yield _Outcome(point, _fetched(ray, one), share)
-            if points and not ended:
-                yield _Outcome(next(iter(points.values())), None, share)
-    finally:
-        if here:
-            ray.shutdown()
+    """Run points as tasks of a Ray cluster."""
+    calls = [
+        Call(
+            point.name,
+            _work_remotely,
+            (point.config, _log(point)),
+            threads=point.config.hardware.threads or 1,
+            accelerator=point.config.hardware.device == "auto",
+        )
+        for point in waiting
+    ]
+    running = {point.name: point for point in waiting}
+    for ended in run_calls(calls, address):
+        point = next(iter(running.values())) if ended is None else running.pop(ended[0].name)
+        share = sum(_share(one) for one in running.values())
+        result = None if ended is None else ended[1]
+        yield _Outcome(point, result.reason if isinstance(result, Lost) else result, share)
 
 
-def _fetched(ray: Any, one: Any) -> TrainingReport | str:
-    try:
-        result: TrainingReport | str = ray.get(one)
-        return result
-    except ray.exceptions.RayError as error:
-        return _one_line(error)
-
-
-def _work_remotely(
-    config: TrainingConfig, threads: int, directory: str, log: str
-) -> TrainingReport | str:
-    """Run a point in a Ray worker, in the caller's working directory."""
-    os.chdir(directory)
-    torch.set_num_threads(threads)
+def _work_remotely(config: TrainingConfig, log: str) -> TrainingReport | str:
+    """Run a point in a Ray worker."""
     try:
         return train(config)
     except Exception as error:

@@ -20,7 +20,7 @@ from gramian.analysis import LayerState, StateReport, layer_frame, state_frame
 
 COLUMNS = "model source layer mixer kind reader channel position token ess error tss usable in_use"
 LAYER_COLUMNS = (
-    "model source layer mixer kind reader channels count ess_mean ess_max error_mean tss_mean "
+    "model source layer mixer kind reader channels count ess_mean ess_max ess_mean_error tss_mean "
     "usable_mean in_use"
 )
 

@@ -30,7 +30,7 @@ def build(kind):
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         parameter.data *= 3
-    return model, torch.randint(61, (700,))
+    return model, torch.randint(61, (500,))
 
 
 @pytest.fixture
@@ -51,9 +51,9 @@ def by_rows(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_give_what_the_maps_give(kind, by_rows):
     model, tokens = build(kind)
-    estimated = analyze(model, tokens, at=[50, 350, 360], tolerance=0.02)
+    estimated = analyze(model, tokens, at=[50, 250, 260], tolerance=0.02)
     assert len(by_rows) == 2
-    exact = analyze(model, tokens, at=[50, 350, 360])
+    exact = analyze(model, tokens, at=[50, 250, 260])
     assert len(by_rows) == 2
     assert not estimated.unread
     for layer, truth in zip(estimated.layers, exact.layers, strict=True):
@@ -65,7 +65,9 @@ def test_rows_give_what_the_maps_give(kind, by_rows):
         assert torch.equal(layer.tss, truth.tss)
         assert truth.error is None
         error = torch.zeros_like(layer.ess) if layer.error is None else layer.error
-        assert bool((error <= 0.02 * layer.ess).all())
+        mean, of_mean = float(layer.ess.double().mean()), layer.mean_error or 0.0
+        assert of_mean <= 0.02 * mean
+        assert abs(mean - float(truth.ess.double().mean())) <= 2 * of_mean + 1e-4 * mean
         assert bool(((layer.ess - truth.ess).abs() <= 2 * error + 1e-4 * truth.ess).all())
 
 
@@ -122,7 +124,7 @@ def test_recurrences_are_exact_at_every_tolerance():
 def test_errors_are_saved_with_the_report(by_rows, tmp_path):
     model, tokens = build("llama")
     report = analyze(model, tokens, positions=2, tolerance=0.05)
-    assert report.positions == (175, 525)
+    assert report.positions == (125, 375)
     again = StateReport.load(report.save(tmp_path / "report.json"))
     for layer, other in zip(report.layers, again.layers, strict=True):
         torch.testing.assert_close(layer.ess, other.ess)

@@ -102,8 +102,7 @@ def test_nothing_is_cut_at_eighty_columns(error: float | None) -> None:
     console = pytest.importorskip("rich.console")
     name = "SomeVeryLongNameOfAGatedDeltaRuleMixerWithShortConvolutions"
     one = layer([[0.0, 1.0, 3.0]], [[0.0, 4.0, 4.0]])
-    errors = None if error is None else torch.full_like(one.ess, error)
-    one = dataclasses.replace(one, mixer=name, error=errors)
+    one = dataclasses.replace(one, mixer=name, mean_error=error)
     shown = console.Console(width=80, record=True, file=io.StringIO())
     shown.print(report(one, (0, 4, 5), 9))
     text = shown.export_text()

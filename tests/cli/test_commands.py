@@ -190,9 +190,9 @@ def test_debug_is_an_option_and_no_word_of_a_prompt(workplace: Path, call: Call)
 
 def test_distil_and_generate(workplace: Path, tmp_path: Path, call: Call) -> None:
     out = tmp_path / "deep" / "out"
-    done = run("distill", workplace / "model", out, "--order", 5, "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    status, written, err = call(f"distill {workplace / 'model'} {out} --order 5 --json", tmp_path)
+    assert status == 0, err
+    report = json.loads(written)
     assert report["order"] == 5 and report["max_order"] <= 5
     assert json.loads((out / "distillation.json").read_text()) == report
 

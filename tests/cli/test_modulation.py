@@ -111,10 +111,10 @@ def test_short_convolutions_are_included_on_request(
     MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
     ByteTokenizer().save_pretrained(tmp_path / "mamba")
     model, tokenizer = open_model(tmp_path / "mamba")
-    rows = [torch.tensor(tokenizer(TEXT[k : k + 60]).input_ids[:50]) for k in (0, 20, 40, 60)]
+    rows = [torch.tensor(tokenizer(TEXT[k : k + 60]).input_ids[:25]) for k in (0, 20, 40, 60)]
     found = {}
     for include in ("core", "mixer"):
-        line = f"modulation {tmp_path / 'mamba'} --text texts.jsonl --horizon 50 --json"
+        line = f"modulation {tmp_path / 'mamba'} --text texts.jsonl --horizon 25 --json"
         line += f" --include {include}"
         status, shown, err = call(line, place)
         assert status == 0, err

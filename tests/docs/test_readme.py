@@ -15,7 +15,7 @@ def test_the_code_does_what_its_comments_say() -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
     torch.manual_seed(0)
     names: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code.replace("64", "16"), "README.md", "exec"), names)  # a quarter of the width
     torch.testing.assert_close(names["last"], names["y"][:, 999], rtol=1e-4, atol=1e-5)
     assert 1 < names["used"].mean() < 64
     assert names["small"].relative_error.max() <= 1e-3

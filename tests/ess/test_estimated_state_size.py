@@ -106,19 +106,22 @@ def test_products_are_those_of_the_blocks(memory, positions):
     blocks = Blocks(rows, length, positions, T.device, memory)
     energies, total = blocks.energies()
     assert float(total) == pytest.approx(float(T.double().square().sum()))
-    small = blocks.small_mask()
-    Z = torch.randn(length, len(positions), 3)
-    large, back = blocks.to_large(Z * small), blocks.to_small(Z * (1 - small))
+    Z = torch.randn(len(positions), 3, length)
+    on_small, on_large = Z.clone(), Z.clone()
+    for p in range(len(positions)):
+        on_small[p, :, blocks.large(p)] = 0
+        on_large[p, :, blocks.small(p)] = 0
+    large, back = blocks.to_large(on_small), blocks.to_small(on_large)
     for p, i in enumerate(positions):
         block = T[i:, :i]
         assert float(energies[p]) == pytest.approx(float(block.double().square().sum()))
         assert blocks.matrix(p).shape == (max(i, length - i), min(i, length - i))
         down, up = (large, back) if i <= length - i else (back, large)
-        expected = torch.zeros(2, length, 3)
-        expected[0, i:] = block @ Z[:i, p]
-        expected[1, :i] = block.mT @ Z[i:, p]
-        torch.testing.assert_close(down[:, p], expected[0], rtol=1e-4, atol=1e-3)
-        torch.testing.assert_close(up[:, p], expected[1], rtol=1e-4, atol=1e-3)
+        expected = torch.zeros(2, 3, length)
+        expected[0, :, i:] = Z[p, :, :i] @ block.mT
+        expected[1, :, :i] = Z[p, :, i:] @ block
+        torch.testing.assert_close(down[p], expected[0], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(up[p], expected[1], rtol=1e-4, atol=1e-3)
     if memory:
         assert len(asked) == 2
 

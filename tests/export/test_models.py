@@ -51,8 +51,14 @@ KINDS: dict[str, dict[str, Any]] = {
         "filter": None,
     },
     "s6": {"mixers": ["s6", "gla_s6"], "filter": None},
+    "ragged": {
+        "mixers": ["hyena", "multi_hyena"],
+        "filter": [
+            {"type": "modal", "orders": [1, 1, 7, 7, 7, 1] * 2},
+            {"type": "modal", "orders": [1, 9, 1]},
+        ],
+    },
 }
-FAST = ("grouped",)
 
 
 def make(**changes: Any) -> GramianForCausalLM:
@@ -86,16 +92,21 @@ def greedy(model: GramianForCausalLM, ids: torch.Tensor, count: int) -> tuple[An
 
 @pytest.fixture(scope="module")
 def distilled() -> GramianForCausalLM:
-    """Ragged orders, so that the state of each layer has two groups of channels.
+    """Ragged orders, so that the state of a layer has two groups of channels, and attention.
 
     Every group is traced again, which takes two seconds.
     """
     implicit = {"type": "implicit", "hidden": 16, "embedding_features": 5}
     model = make(
-        mixers=["hyena", "multi_hyena"], num_heads=4, filter=implicit, max_position_embeddings=64
+        mixers=["multi_hyena", "softmax_attention"],
+        attention={"kv_heads": 1, "window": 33},
+        num_heads=3,
+        filter=implicit,
+        max_position_embeddings=64,
     )
     small, report = distill(model, tol=0.05, max_order=8)
-    assert all(len(set(layer.orders)) > 1 for layer in report.layers)
+    (layer,) = report.layers
+    assert len(set(layer.orders)) > 1
     return small
 
 
@@ -220,10 +231,8 @@ def test_torch_programs(in_training: Any) -> None:
         np.testing.assert_allclose(logits, model(prompt).logits[:, -1], atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in KINDS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_layer(tmp_path: Path, name: str) -> None:
     model = make(**KINDS[name])
     report = export_model(model, tmp_path / "out", verify=200, threads=1)

@@ -25,15 +25,14 @@ class Reference:
         """The log-probability of every letter; None for a first one without a prediction."""
         key = (sequence, bos)
         if key not in self._known:
-            ids = [self.tokenizer.convert_tokens_to_ids(letter) for letter in sequence]
             before = [self.tokenizer.bos_token_id] if bos else []
+            letters = [self.tokenizer.convert_tokens_to_ids(letter) for letter in sequence]
+            ids = torch.tensor(before + letters)
             with torch.no_grad():
-                logits = self.model(torch.tensor([before + ids]), use_cache=False).logits[0]
-            found: list[float | None] = [] if bos else [None]
-            for place in range(1, len(before + ids)):
-                row = logits[place - 1]
-                found.append(float(row[(before + ids)[place]] - torch.logsumexp(row, 0)))
-            self._known[key] = found
+                logits = self.model(ids[None], use_cache=False).logits[0]
+            rows = logits[:-1] - torch.logsumexp(logits[:-1], 1, keepdim=True)
+            values = rows.gather(1, ids[1:, None])[:, 0].tolist()
+            self._known[key] = values if bos else [None, *values]
         return self._known[key]
 
     def score(

@@ -108,7 +108,10 @@ def test_gradient_of_the_penalty(kind: str) -> None:
         return
     fields = [getattr(system, n) for n in names if getattr(system, n) is not None]
     fields = [field.detach().clone().requires_grad_() for field in fields]  # B is q
-    assert torch.autograd.gradcheck(lambda *f: ess_penalty(TimeVarying(*f), share=0.9), fields)
+    fast = kind != "diagonal"  # in one random direction, in which all fields have part
+    assert torch.autograd.gradcheck(
+        lambda *f: ess_penalty(TimeVarying(*f), share=0.9), fields, fast_mode=fast
+    )
 
 
 def test_descending_the_penalty_reaches_the_target() -> None:

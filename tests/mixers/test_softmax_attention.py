@@ -59,15 +59,19 @@ def naive(mixer: SoftmaxAttention, x: Tensor) -> Tensor:
             out[i + half] = b * math.cos(angle) + a * math.sin(angle)
         return out
 
+    keys = [
+        torch.stack([turned(z[s, heads + shared], s) for s in range(length)])
+        for shared in range(mixer.kv_heads)
+    ]
     rows = []
     for t in range(length):
         begin = 0 if mixer.window is None else max(0, t - mixer.window + 1)
         merged = []
         for h in range(heads):
             query, shared = turned(z[t, h], t), h // groups
-            keys = torch.stack([turned(z[s, heads + shared], s) for s in range(begin, t + 1)])
             values = z[begin : t + 1, heads + mixer.kv_heads + shared]
-            merged.append(torch.softmax(keys @ query / math.sqrt(size), 0) @ values)
+            scores = keys[shared][begin : t + 1] @ query / math.sqrt(size)
+            merged.append(torch.softmax(scores, 0) @ values)
         rows.append(mixer.out_proj(torch.cat(merged)))
     return torch.stack(rows)
 

@@ -291,16 +291,22 @@ def test_a_causal_classifier_distils_and_a_bidirectional_one_does_not(
 ) -> None:
     model = make(mixers="hyena", max_position_embeddings=20).float()
     tokens = make_tokens(2, 20)
-    distilled, _ = distill(model, tol=1e-3)
+    distilled, _ = distill(model, order=12)
     expected = model(tokens).logits
     assert (distilled(tokens).logits - expected).norm() < 0.05 * expected.norm()
     with pytest.raises(ValueError, match="bidirectional model cannot be distilled"):
         distill(make(**ENCODERS["bidirectional"]))
 
 
-@pytest.mark.parametrize("kind", ["tokens", "values"])
-@poolings
-@pytest.mark.parametrize("name", ["bidirectional", "glu"])
+@pytest.mark.parametrize(  # every pair of two of them
+    ("kind", "name", "pooling"),
+    [
+        ("tokens", "bidirectional", "mean"),
+        ("tokens", "glu", "last"),
+        ("values", "glu", "mean"),
+        ("values", "bidirectional", "last"),
+    ],
+)
 def test_overfits_sixteen_sequences(
     make_config: MakeConfig, make_tokens: MakeTokens, kind: str, name: str, pooling: str
 ) -> None:

@@ -351,6 +351,7 @@ def test_forward_can_be_exported(
         inputs["attention_mask"] = torch.ones(3, 11).long()
         others["attention_mask"] = torch.ones(3, 11).long()
         others["attention_mask"][0, :4] = 0  # the graph was traced with nothing hidden
+        others["attention_mask"][1, [2, 3, 7]] = 0
     with torch.no_grad():
         graph = torch.export.export(model, (), inputs).module()
         for given in (inputs, others):

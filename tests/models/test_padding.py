@@ -342,12 +342,13 @@ def test_signals(make_config: Callable[..., GramianConfig], padding: str) -> Non
     close(made.loss, torch.cat(errors).mean())
 
 
-@pytest.mark.parametrize(
+slow_sides = pytest.mark.parametrize(
     "padding", ["gap", *(pytest.param(side, marks=pytest.mark.slow) for side in ("left", "right"))]
 )
-def test_compiled_and_traced_passes(
-    make_model: MakeModel, some_kind: dict[str, Any], padding: str
-) -> None:
+
+
+@slow_sides
+def test_compiled_passes(make_model: MakeModel, some_kind: dict[str, Any], padding: str) -> None:
     model = make_model(**some_kind)
     ids, mask = batch(padding)
     expected = model(ids, attention_mask=mask, use_cache=False).logits
@@ -355,6 +356,16 @@ def test_compiled_and_traced_passes(
     for positions in (None, (mask.cumsum(1) - 1).clamp_min(0)):
         made = compiled(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
         close(made[mask.bool()], expected[mask.bool()])
+
+
+@slow_sides
+@pytest.mark.parametrize(
+    "options", [{"mixers": "s6"}, {"filter": {"type": "modal", "orders": 3}}], ids=["s6", "modal"]
+)
+def test_traced_passes(make_model: MakeModel, options: dict[str, Any], padding: str) -> None:
+    """Models of other mixers are traced in `test_hugging_face.py`."""
+    model = make_model(**options)
+    ids, mask = batch(padding)
     arguments = {"attention_mask": mask, "use_cache": False}
     program = torch.export.export(model, (ids,), arguments, strict=False)
     other, other_mask = torch.randint(VOCABULARY, ids.shape), torch.rand(ids.shape) > 0.4

@@ -166,7 +166,7 @@ def test_written_read_and_distilled(make: Make, block: dict[str, Any], tmp_path:
         assert torch.equal(read(input_values=values).logits, expected)
     trunk = GramianModel.from_pretrained(tmp_path)
     assert_close(read.head(trunk(input_values=values).last_hidden_state), expected)
-    distilled, _ = distill(model, tol=1e-3)
+    distilled, _ = distill(model, order=12)
     assert (distilled(input_values=values).logits - expected).norm() < 0.05 * expected.norm()
 
 

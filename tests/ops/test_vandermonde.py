@@ -78,7 +78,8 @@ def test_gradcheck_and_gradgradcheck(poles, batch, length):
         (vandermonde_transpose_product, (p, u)),
     ):
         assert torch.autograd.gradcheck(function, inputs)
-        assert torch.autograd.gradgradcheck(function, inputs)
+        # Of most lengths in one random direction, in which all entries have part.
+        assert torch.autograd.gradgradcheck(function, inputs, fast_mode=length != 2)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -126,11 +126,10 @@ def test_no_inequality_is_violated_by_ten_thousand(families):
 )
 def test_tolerances_that_are_said_to_be_met_are_met(families, count, length, refine):
     draw = np.random.default_rng(2)
-    for make in families.values():
-        kernel = kernels(make, count, length, draw)
-        reduction = reduce(kernel, tol=0.2, max_order=12, method=Balanced(refine=refine))
-        check(reduction, kernel, np.full(count, 12), True, draw)
-        assert torch.equal(reduction.converged, reduction.relative_error <= 0.2)
+    kernel = torch.cat([kernels(make, count, length, draw) for make in families.values()])
+    reduction = reduce(kernel, tol=0.2, max_order=12, method=Balanced(refine=refine))
+    check(reduction, kernel, np.full(len(kernel), 12), True, draw)
+    assert torch.equal(reduction.converged, reduction.relative_error <= 0.2)
 
 
 def test_hankel_errors_of_exact_reductions_are_rounding_errors(families):
@@ -144,7 +143,8 @@ def test_hankel_errors_of_exact_reductions_are_rounding_errors(families):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize(
-    ("length", "last"), [(200, 37), pytest.param(400, 71, marks=pytest.mark.slow)]
+    ("length", "last"),
+    [(130, 31), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((200, 37), (400, 71)))],
 )
 def test_a_fir_kernel_needs_no_more_states_than_taps(dtype, length, last):
     """Its only pole is a multiple one at zero, which modes near a circle stand for."""
@@ -176,7 +176,7 @@ def check_that_errors_do_not_rise(families, length, count, orders, refine):
         (21, (2, 3, 9, 10, 20), True),
         (40, (8, 9), True),
         (63, (1, 2, 7, 8, 16), False),
-        (200, (1, 2, 3, 5, 6, 8, 11, 12, 15, 16, 20, 21), False),
+        (200, (2, 3, 8, 11, 12, 20, 21), False),
     ],
 )
 def test_errors_do_not_rise_with_the_order(families, length, orders, refine):

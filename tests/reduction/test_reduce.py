@@ -60,7 +60,7 @@ def exact_hankel_norm(kernel, reduction, horizon):
 @pytest.mark.parametrize("highest", [11, pytest.param(32, marks=pytest.mark.slow)])
 def test_figures_are_those_of_the_returned_system(length, tail, dtype, highest):
     kernel = torch.randn(2, 3, length, dtype=dtype)
-    for order in sorted({min(n, max(1, length - 1)) for n in (1, 5, highest)}):
+    for order in sorted({min(n, max(1, length - 1)) for n in (1, highest)}):
         reduction = reduce(kernel, order, tail=tail)
         check_figures(reduction, kernel)
         assert reduction.system.dtype == dtype
@@ -113,7 +113,7 @@ def test_the_free_tail_is_far_better_on_a_smooth_kernel_cut_short():
 @pytest.mark.parametrize("count", [30, pytest.param(150, marks=pytest.mark.slow)])
 def test_bounds_hold_for_many_kernels(smooth_kernel, noise, length, count):
     kernel = smooth_kernel(count, length, noise)
-    for order in (1, 2, 5, 12):
+    for order in (1, 5, 12):
         reduction = reduce(kernel, order)
         check_figures(reduction, kernel)
         assert bool((reduction.order <= order).all())

@@ -97,7 +97,7 @@ def check_families(families, channels, lengths, seed):
 
 
 def test_spectra_of_every_family(families):
-    check_families(families, channels=2, lengths=[180, 359], seed=0)
+    check_families(families, channels=1, lengths=[180, 359], seed=0)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,14 @@ def importance_of(model: Any) -> tuple[list[Layer], dict[str, Importance]]:
     return layers, measure_importance(model, layers, Windows.of(windows()))
 
 
+def prepare(kind: str) -> tuple[Any, list[Layer], dict[str, Importance]]:
+    model = build(kind)
+    return (model, *importance_of(model))
+
+
+prepared = cache(prepare)  # for tests that change nothing of it
+
+
 def drawn(layers: list[Layer], size: int) -> dict[str, Tensor]:
     """Random coordinates to keep, other ones for every group."""
     generator = torch.Generator().manual_seed(3)
@@ -305,8 +313,7 @@ def _scaled(norm: Any, factor: float, y: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", [1, 3, 5])
 @pytest.mark.parametrize("kind", ALL)
 def test_cut_models_compute_with_coordinates_held_at_zero(kind: str, size: int) -> None:
-    model = build(kind)
-    layers, importance = importance_of(model)
+    model, layers, importance = prepare(kind) if kind == "jamba" else prepared(kind)
     kept = drawn(layers, size)
     if kind == "jamba":  # its weights take a constant; here none
         for layer in layers:
@@ -328,8 +335,7 @@ def test_cut_models_compute_with_coordinates_held_at_zero(kind: str, size: int) 
 
 @pytest.mark.parametrize("kind", ALL)
 def test_the_predicted_error_is_the_measured_one(kind: str) -> None:
-    model = build(kind)
-    layers, importance = importance_of(model)
+    model, layers, importance = prepared(kind)
     choices = Choices.of(layers, importance)
     kept = choices.candidates({layer.path: 4 for layer in layers})["error"]
     _, cut = fold(model, layers, kept, importance)
@@ -344,8 +350,7 @@ def test_the_predicted_error_is_the_measured_one(kind: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ALL)
 def test_keeping_all_states_changes_nothing(kind: str) -> None:
-    model = build(kind)
-    layers, importance = importance_of(model)
+    model, layers, importance = prepared(kind)
     kept = drawn(layers, 6)
     small, _ = fold(model, layers, kept, importance)
     ids = windows(1, 20)
@@ -356,8 +361,7 @@ def test_keeping_all_states_changes_nothing(kind: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ALL)
 def test_cut_models_step_as_they_read(kind: str) -> None:
-    model = build(kind)
-    layers, importance = importance_of(model)
+    model, layers, importance = prepared(kind)
     small, _ = fold(model, layers, drawn(layers, 3), importance)
     ids = windows(1, 9)
     written = small.generate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,20 @@ def windows(count: int = 6, length: int = 41) -> Tensor:
     return torch.randint(3, 97, (count, length), generator=generator)
 
 
+@cache
+def in_double(kind: str, size: int) -> tuple[GramianForCausalLM, GramianForCausalLM]:
+    """Return a model and its projection to a size, both in double precision."""
+    model = make(kind)
+    small, _ = gramian.shrink(model, windows(), keep=size, projection=True)
+    return model.double(), small.double()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("length", [1, 2, 3, 63])
 @pytest.mark.parametrize("size", [1, 2, 5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_operators_are_those_of_projected_factors(kind: str, size: int, length: int) -> None:
-    model = make(kind)
-    small, _ = gramian.shrink(model, windows(), keep=size, projection=True)
-    model.double(), small.double()
+    model, small = in_double(kind, size)
     x = torch.randn(2, length, 24, dtype=torch.float64)
     for before, after in zip(find_layers(model), find_layers(small), strict=True):
         one, two = (layer.module for layer in (before, after))

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 import re
+from functools import cache
 
 import mpmath
 import numpy as np
@@ -163,11 +164,16 @@ def test_advance_is_traced_into_a_program_without_writes(name: str) -> None:
     assert_close(tuple(after), tuple(stepped))
 
 
+@cache
+def warm_states() -> list[State]:
+    """Return a state of every system, for tests that hand them to others."""
+    return [warm(recurrence_of(name)) for name in SYSTEMS]
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_state_of_another_kind_gets_a_sentence(name: str) -> None:
     recurrence, system = recurrence_of(name), SYSTEMS[name]()
-    others = [recurrence_of(other) for other in SYSTEMS]
-    states = [warm(other) for other in others if other.state_type is not recurrence.state_type]
+    states = [state for state in warm_states() if type(state) is not recurrence.state_type]
     sample = torch.randn(2, CHANNELS, dtype=torch.float64)
     for wrong in [*states, None, torch.zeros(2, CHANNELS, 6), (torch.zeros(2, CHANNELS, 6),)]:
         found = type(wrong).__name__

@@ -368,7 +368,10 @@ def test_commands_take_the_folder_of_an_adapter(
         return re.sub(r'"seconds": [0-9.e-]+', "", out)
 
     commands: list[Callable[[Path], tuple[object, ...]]] = [
-        lambda model: ("generate", model, "--prompt", "ACGT", "--alphabet", "ACGT", "--seed", 3),
+        lambda model: (
+            *("generate", model, "--prompt", "ACGT", "--alphabet", "ACGT", "--seed", 3),
+            *("--max-new-tokens", 20),
+        ),
         lambda model: ("evaluate", model, "--text", tmp_path / "genome.fa", "--json"),
         lambda model: ("analyze", model, "--prompt", "ACGTACGT", "--json"),
     ]
