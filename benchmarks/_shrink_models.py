@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 from gramian._labels import IGNORED
 from gramian.demo.text import python_documentation
 from gramian.models import GramianConfig, GramianForCausalLM
-from gramian.shrinking._passes import window_losses
+from gramian.shrinking._passes import window_scores
+from gramian.shrinking._texts import Windows
 from gramian.tasks.mqar import MQAR
 
 __all__ = ["MODELS", "STATES", "TASKS", "Task", "build", "score", "train"]
@@ -37,8 +38,11 @@ class Task:
         batch: windows in a step.
         steps: steps of training.
         rate: peak of the learning rate.
-        windows: windows by which states are chosen and models recover.
-        scored: held-out windows.
+        windows: windows that `shrink` is given.
+        scored: other windows, on which results are measured.
+        measure: "loss" or "accuracy", by which criteria are chosen.
+        recovery_batch: windows in a step of the recovery.
+        recovery_rate: peak of its learning rate.
     """
 
     name: str
@@ -50,16 +54,20 @@ class Task:
     rate: float
     windows: int
     scored: int
+    measure: str
+    recovery_batch: int
+    recovery_rate: float
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield endless batches of token ids and labels, each (batch, length)."""
         number = 0
         while True:
-            yield self.draw(self.batch, "train", (seed, number))
+            windows = self.draw(self.batch, "train", (seed, number))
+            yield windows.ids, windows.answers
             number += 1
 
-    def draw(self, count: int, split: str, seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return windows of token ids and labels, each (count, length).
+    def draw(self, count: int, split: str, seed: tuple[int, ...]) -> Windows:
+        """Return some windows.
 
         In recall, each answer follows its query, as in a text, so that the loss of a language model
         contains the recall. The labels are the answers alone.
@@ -69,7 +77,7 @@ class Task:
             data = getattr(python_documentation(), split)
             starts = random.integers(len(data) - self.length, size=count)
             ids = torch.stack([data[start : start + self.length] for start in starts]).long()
-            return ids, torch.nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
+            return Windows.of(ids)
         task = MQAR(
             vocab_size=self.vocabulary, length=self.length, pairs=6, random_non_queries=False
         )
@@ -78,12 +86,12 @@ class Task:
         labels = torch.from_numpy(np.stack([row["labels"] for row in rows]))
         answers = (labels != IGNORED).roll(1, 1)
         ids[answers] = labels.roll(1, 1)[answers]
-        return ids, labels
+        return Windows(ids, labels, labelled=True)
 
 
 TASKS = {
-    "text": Task("text", 256, 128, 2, 8, 300, 5e-3, 128, 128),
-    "recall": Task("recall", 26, 24, 1, 64, 300, 5e-3, 512, 1024),
+    "text": Task("text", 256, 128, 2, 8, 300, 5e-3, 256, 96, "loss", 24, 2.5e-3),
+    "recall": Task("recall", 26, 24, 1, 64, 300, 5e-3, 1024, 512, "accuracy", 64, 5e-3),
 }
 
 
@@ -163,12 +171,7 @@ def train(kind: str, task: Task, seed: int, weights: Path) -> Any:
     return model.eval()
 
 
-@torch.no_grad()
-def score(model: Any, ids: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return the loss of a model in nats per token, and the accuracy of labelled positions."""
-    right = sum(
-        int((model(some, use_cache=False).logits.argmax(-1) == answers).sum())
-        for some, answers in zip(ids.split(128), labels.split(128), strict=True)
-    )
-    count = int((labels != IGNORED).sum())
-    return {"loss": float(window_losses(model, ids).mean()), "accuracy": right / count}
+def score(model: Any, windows: Windows) -> dict[str, float]:
+    """Return the loss of a model in nats per answer, and the share of the right answers."""
+    scores = window_scores(model, windows)
+    return {"loss": float(scores.losses.mean()), "accuracy": float(scores.accuracies.mean())}

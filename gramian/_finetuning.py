@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gramian._modules import in_mode
 
-__all__ = ["finetune_briefly"]
+__all__ = ["finetune_briefly", "held_out"]
 
 _HELD_OUT = 10  # one window of so many is held out
 
@@ -36,7 +36,8 @@ def finetune_briefly(
 
     Args:
         model: the model.
-        windows: token ids, (count, length), with a count of at least 2, on the model's device.
+        windows: token ids, (count, length), or more numbers for each token, (count, …, length),
+            with a count of at least 2, on the model's device.
         objective: function that maps some windows to the mean of the loss over them. It is called
             with the model in training mode, and in evaluation mode to measure.
         groups: parameter groups of the optimizer, with learning rates.
@@ -50,7 +51,7 @@ def finetune_briefly(
         The objective on the held-out windows before and after. Both are equal if the weights were
         restored.
     """
-    held = torch.arange(len(windows), device=windows.device) % _HELD_OUT == 1
+    held = held_out(len(windows)).to(windows.device)
     kept_out, trained = windows[held], windows[~held]
     before, weights = _mean(model, objective, kept_out, batch), copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW(groups)
@@ -82,6 +83,11 @@ def finetune_briefly(
         model.load_state_dict(weights)
         after = before
     return before, after
+
+
+def held_out(count: int) -> Tensor:
+    """Return which of some windows are held out, (count), in `finetune_briefly`."""
+    return torch.arange(count) % _HELD_OUT == 1
 
 
 @torch.no_grad()

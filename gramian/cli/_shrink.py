@@ -83,6 +83,21 @@ _Recover = Annotated[
         "peft).",
     ),
 ]
+_RecoverCandidates = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Number of criteria, the best first, whose models are all trained; the one that is "
+        "best afterwards is kept.",
+    ),
+]
+_ChooseBy = Annotated[
+    str,
+    typer.Option(
+        metavar="loss|accuracy",
+        help="What criteria are compared by: the loss, or the share of right tokens.",
+    ),
+]
 _RecoverRate = Annotated[
     float | None,
     typer.Option(help="Peak of their learning rate (default: 3e-4, or 1e-3 for lora)."),
@@ -104,6 +119,8 @@ def shrink(
     recover_steps: _RecoverSteps = 0,
     recover: _Recover = "full",
     recover_rate: _RecoverRate = None,
+    recover_candidates: _RecoverCandidates = 1,
+    choose_by: _ChooseBy = "loss",
     seed: Seed = 0,
     device: Device = "cpu",
     as_json: Json = False,
@@ -116,7 +133,7 @@ def shrink(
         raise typer.BadParameter("give one of --keep and --max-increase.")
     share = None if keep is None else _kept(keep)
     budget = None if max_increase is None else fraction("--max-increase", max_increase)
-    recovery = _recovery(recover_steps, recover, recover_rate)
+    recovery = _recovery(recover_steps, recover, recover_rate, recover_candidates)
     check_new(out)
     if not model.is_dir():
         raise UserError(f"there is no model folder {model}.")
@@ -146,6 +163,7 @@ def shrink(
                 max_tokens=max_tokens,
                 seed=seed,
                 recover=recovery,
+                choose_by=choose_by,
                 progress=bar,
             )
         small.save_pretrained(stage)
@@ -162,16 +180,16 @@ def _kept(text: str) -> float | int:
     return fraction("--keep", text)
 
 
-def _recovery(steps: int, method: str, rate: float | None) -> Recovery | None:
+def _recovery(steps: int, method: str, rate: float | None, candidates: int) -> Recovery | None:
     """Return the recovery that the options mean, or None if there are no steps."""
     from gramian.shrinking import Recovery
 
     try:
-        found = Recovery(max(1, steps), method, rate)
+        found = Recovery(max(1, steps), method, rate, candidates=candidates)
     except ValueError as error:
         raise UserError(one_line(error)) from error
-    if not steps and (method, rate) != ("full", None):
-        raise typer.BadParameter("--recover and --recover-rate need --recover-steps.")
+    if not steps and (method, rate, candidates) != ("full", None, 1):
+        raise typer.BadParameter("options of a recovery need --recover-steps.")
     return found if steps else None
 
 

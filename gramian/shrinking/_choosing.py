@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
 from gramian.shrinking._elimination import eliminate
 from gramian.shrinking._family import Layer
+from gramian.shrinking._magnitudes import magnitudes
 from gramian.shrinking._passes import Importance
 
 __all__ = ["Choices", "Plan", "count_within"]
@@ -135,10 +137,12 @@ class Choices:
     def candidates(self, plan: Plan) -> dict[str, dict[str, Tensor]]:
         """Return the coordinates that each criterion keeps, by its name and the layer's path.
 
-        "error" is the greedy elimination, "diagonal" keeps the largest contributions, and "energy"
-        the largest keys and queries. The coordinates are (groups, k), in ascending order.
+        "error" is the greedy elimination, "diagonal" keeps the largest contributions, "energy" the
+        largest keys and queries, and "weights" the largest weights, unless states are projected.
+        "label error" and "label diagonal" are the first two for the positions with an answer alone,
+        if these are labelled. The coordinates are (groups, k), in ascending order.
         """
-        found: dict[str, dict[str, Tensor]] = {"error": {}, "diagonal": {}, "energy": {}}
+        found: dict[str, dict[str, Tensor]] = {}
         for layer in self.layers:
             size, one = plan[layer.path], self.importance[layer.path]
             orders = {
@@ -146,10 +150,20 @@ class Choices:
                 "diagonal": one.gram.diagonal(dim1=1, dim2=2).argsort(1),
                 "energy": (one.keys * one.queries).argsort(1),
             }
+            if one.basis is None:
+                orders["weights"] = self._weights[layer.path].argsort(1)
+            if one.due is not None:
+                orders["label error"] = eliminate(one.due)[0]
+                orders["label diagonal"] = one.due.diagonal(dim1=1, dim2=2).argsort(1)
             for name, order in orders.items():
                 kept = order[:, layer.shape.states - size :]
-                found[name][layer.path] = kept.sort(1).values
+                found.setdefault(name, {})[layer.path] = kept.sort(1).values
         return found
+
+    @cached_property
+    def _weights(self) -> dict[str, Tensor]:
+        """The squares of the coordinates' weights, (groups, n), by path."""
+        return {x.path: magnitudes(x, self.importance[x.path].energies) for x in self.layers}
 
     def _at_least(self, layer: Layer, size: float) -> int:
         step = self.step(layer)

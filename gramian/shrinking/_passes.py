@@ -6,25 +6,29 @@ The calls of one layer at a time are held, and dropped when the layer returns.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gramian._labels import IGNORED
 from gramian.shrinking._balancing import Basis, Gramians, changed
 from gramian.shrinking._family import Call, Layer
 from gramian.shrinking._recurrence import gram
+from gramian.shrinking._texts import Windows
 
 __all__ = [
     "Change",
     "Importance",
+    "Scores",
     "compare",
     "measure_importance",
-    "window_losses",
+    "window_scores",
 ]
 
 _TOKENS = 2**12  # tokens of one forward pass
@@ -43,6 +47,7 @@ class Importance:
         queries: sum of the squares of the queries, (groups, n).
         tokens: number of tokens.
         basis: the basis of the coordinates; None if they are those of the model.
+        due: the Gram matrices of the positions that have an answer alone; None if all count.
     """
 
     gram: Tensor
@@ -50,6 +55,7 @@ class Importance:
     queries: Tensor
     tokens: int = 0
     basis: Basis | None = None
+    due: Tensor | None = None
 
     def __add__(self, other: Importance) -> Importance:
         """Return the importance for two texts in the same coordinates."""
@@ -59,6 +65,7 @@ class Importance:
             self.queries + other.queries,
             self.tokens + other.tokens,
             self.basis,
+            self.due if self.due is None or other.due is None else self.due + other.due,
         )
 
     @property
@@ -91,7 +98,7 @@ class Change:
 def measure_importance(
     model: nn.Module,
     layers: Sequence[Layer],
-    windows: Tensor,
+    windows: Windows,
     progress: Callable[[int], None] | None = None,
     bases: Mapping[str, Basis] | None = None,
     gramians: Mapping[str, Gramians] | None = None,
@@ -101,7 +108,8 @@ def measure_importance(
     Args:
         model: the model.
         layers: the layers.
-        windows: token ids, (count, length).
+        windows: the windows. If they are labelled, the Gram matrices of the positions with an
+            answer are measured, too.
         progress: a function that is called with the number of windows done.
         bases: bases of the states, by path, in which their coordinates are measured. The gates of
             these layers are scalar.
@@ -116,7 +124,8 @@ def measure_importance(
         zeros = torch.zeros(groups, n, dtype=torch.float64)
         basis = None if bases is None else bases[layer.path]
         squares = torch.zeros(groups, n, n, dtype=torch.float64)
-        found[layer.path] = Importance(squares, zeros, zeros, basis=basis)
+        due = torch.zeros_like(squares) if windows.labelled else None
+        found[layer.path] = Importance(squares, zeros, zeros, basis=basis, due=due)
 
     def read(layer: Layer, calls: list[Call], *_: Any) -> None:
         one = found[layer.path]
@@ -127,16 +136,23 @@ def measure_importance(
         if one.basis is not None:
             recurrences = [changed(x, one.basis.keys, one.basis.queries) for x in recurrences]
         total = torch.cat([gram(each) for each in recurrences])
-        if not one.tokens:  # one check is enough, and its outputs cost a scan
+        if not one.tokens:  # one check is enough, because its outputs cost a scan
             _check(layer, float(total.sum()), calls)
         keys, queries = ([getattr(each, k) for each in recurrences] for k in ("keys", "queries"))
         one.gram = one.gram + total.cpu()
+        if one.due is not None:
+            rows = (windows.answers[done : done + len(recurrences[0].keys)] != IGNORED)[
+                :, None, :, None
+            ]
+            some = [replace(x, queries=x.queries * rows.to(x.queries)) for x in recurrences]
+            one.due = one.due + torch.cat([gram(each) for each in some]).cpu()
         one.keys = one.keys + _energy(keys)
         one.queries = one.queries + _energy(queries)
         one.tokens += keys[0].shape[0] * keys[0].shape[2]
 
+    done = 0
     with _calling(layers, read):
-        for done in _run(model, windows):
+        for done in _run(model, windows.ids, 1):  # one window is checked
             if progress is not None:
                 progress(done)
     return found
@@ -179,24 +195,41 @@ def compare(
     return changes
 
 
-@torch.no_grad()
-def window_losses(model: nn.Module, windows: Tensor) -> Tensor:
-    """Return the mean cross-entropy of every window, (count), in nats and double precision.
+@dataclass(frozen=True)
+class Scores:
+    """What a model predicts in some windows, in double precision.
 
-    Args:
-        model: a causal language model.
-        windows: token ids, (count, length). The first token of a window is not scored.
+    Attributes:
+        losses: mean cross-entropy of the answers of every window, (count), in nats.
+        accuracies: share of the answers that are the most probable token, (count).
     """
-    losses = []
-    for part in windows.split(max(1, _TOKENS // 2 // windows.shape[1])):
-        ids = part.to(_device(model))
-        logits = model(ids[:, :-1], use_cache=False).logits
-        each = [
-            nn.functional.cross_entropy(row.float(), target[1:])
-            for row, target in zip(logits, ids, strict=True)
-        ]
-        losses.append(torch.stack(each).double().cpu())
-    return torch.cat(losses)
+
+    losses: Tensor
+    accuracies: Tensor
+
+    def rank(self, measure: str) -> tuple[float, float]:
+        """Return the mean loss, or the share of wrong answers and then the loss; NaN is the worst.
+
+        Args:
+            measure: "loss" or "accuracy".
+        """
+        loss = float(self.losses.mean())
+        loss = math.inf if math.isnan(loss) else loss
+        return (loss, loss) if measure == "loss" else (1 - float(self.accuracies.mean()), loss)
+
+
+@torch.no_grad()
+def window_scores(model: nn.Module, windows: Windows) -> Scores:
+    """Return how well a causal language model predicts the answers of every window."""
+    losses, accuracies = [], []
+    for part in windows.split(max(1, _TOKENS // 2 // windows.length)):
+        logits = model(part.ids.to(_device(model)), use_cache=False).logits
+        for row, answers in zip(logits, part.answers.to(logits.device), strict=True):
+            due = answers != IGNORED
+            row, answers = row[due].float(), answers[due]
+            losses.append(nn.functional.cross_entropy(row, answers).double().cpu())
+            accuracies.append((row.argmax(-1) == answers).double().mean().cpu())
+    return Scores(torch.stack(losses), torch.stack(accuracies))
 
 
 def _check(layer: Layer, read: float, calls: Sequence[Call]) -> None:
@@ -213,13 +246,22 @@ def _check(layer: Layer, read: float, calls: Sequence[Call]) -> None:
         )
 
 
-def _run(model: nn.Module, windows: Tensor) -> Iterator[int]:
-    """Run a model over windows without a cache, and yield how many are done."""
+def _run(model: nn.Module, windows: Tensor, first: int = 0) -> Iterator[int]:
+    """Run a model over windows without a cache, and yield how many are done.
+
+    Args:
+        model: the model.
+        windows: token ids, (count, length).
+        first: number of windows in the first pass, if it is to be smaller than the others.
+    """
     options: dict[str, Any] = {"use_cache": False}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = 1
     done = 0
-    for part in windows.split(max(1, _TOKENS // windows.shape[1])):
+    rest = windows[first:].split(max(1, _TOKENS // windows.shape[1]))
+    for part in (windows[:first], *rest):
+        if not len(part):
+            continue
         model(part.to(_device(model)), **options)
         done += len(part)
         yield done

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from gramian.shrinking._balancing import Gramians
 from gramian.shrinking._choosing import Choices
 from gramian.shrinking._family import Layer
 from gramian.shrinking._passes import Importance, measure_importance
+from gramian.shrinking._texts import Windows
 
 __all__ = ["Prediction", "Projection", "empty_gramians", "predict"]
 
@@ -76,7 +77,7 @@ def empty_gramians(layers: Sequence[Layer]) -> dict[str, Gramians]:
 def predict(
     model: nn.Module,
     layers: Sequence[Layer],
-    windows: Tensor,
+    windows: Windows,
     importance: Mapping[str, Importance],
     gramians: Mapping[str, Gramians],
     progress: Callable[[int], None] | None = None,
@@ -86,7 +87,7 @@ def predict(
     Args:
         model: the model.
         layers: the layers; those without Gramians are left out.
-        windows: token ids, (count, length).
+        windows: the windows.
         importance: the importance of the states on these windows.
         gramians: the Gramians there.
         progress: a function that is called with the number of windows done.

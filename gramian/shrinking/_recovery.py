@@ -16,12 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from gramian._finetuning import finetune_briefly
+from gramian._finetuning import finetune_briefly, held_out
+from gramian._labels import IGNORED
 from gramian.filters import parameter_groups
 from gramian.ops.fp8 import FP8Linear
 from gramian.shrinking._family import Layer
+from gramian.shrinking._passes import window_scores
+from gramian.shrinking._texts import Windows
+from gramian.shrinking._trying import Small
 
-__all__ = ["Recovery", "as_recovery", "check_windows", "recover"]
+__all__ = ["Recovery", "as_recovery", "check_windows", "recover", "recover_best"]
 
 _RATES = {"full": 3e-4, "lora": 1e-3}
 
@@ -40,6 +44,9 @@ class Recovery:
         learning_rate: peak of the learning rate; by default 3e-4 for "full" and 1e-3 for "lora".
         batch: number of windows in each step.
         rank: rank of the changes of "lora".
+        candidates: number of criteria, the best first, whose models are all trained. The one that
+            is best afterwards is kept: an order of criteria before a recovery often is another one
+            after it.
 
     Raises:
         ValueError: if a value is out of range.
@@ -50,9 +57,10 @@ class Recovery:
     learning_rate: float | None = None
     batch: int = 8
     rank: int = 8
+    candidates: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "rank"):
+        for name in ("steps", "batch", "rank", "candidates"):
             size = getattr(self, name)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name} of a recovery must be at least 1; got {size!r}.")
@@ -95,7 +103,7 @@ def as_recovery(recover: Recovery | int | None) -> Recovery | None:
     return found
 
 
-def check_windows(windows: Tensor) -> None:
+def check_windows(windows: Windows) -> None:
     """Raise a ValueError unless there are windows to train on and to hold out."""
     if len(windows) < 2:
         raise ValueError(
@@ -104,11 +112,55 @@ def check_windows(windows: Tensor) -> None:
         )
 
 
+def recover_best(
+    original: nn.Module,
+    models: Sequence[Small],
+    windows: Windows,
+    recovery: Recovery,
+    seed: int,
+    measure: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[int, tuple[float, float]]:
+    """Train smaller models in place, and find the best one on windows that none was trained on.
+
+    Args:
+        original: the original, in evaluation mode.
+        models: the smaller models, each with coordinates of its own.
+        windows: the windows, of which every tenth is held out.
+        recovery: what to do.
+        seed: seed of the recoveries.
+        measure: "loss" or "accuracy", by which the models are compared.
+        progress: a function that is called as `progress(steps done, all steps)`.
+
+    Returns:
+        The index of the best model, and its divergences as `recover` returns them.
+
+    Raises:
+        ValueError: as `recover` does.
+    """
+    total = recovery.steps * len(models)
+    found: list[tuple[float, float]] = []
+    for index, one in enumerate(models):
+
+        def told(done: int, _: int, before: int = index * recovery.steps) -> None:
+            if progress is not None:
+                progress(before + done, total)
+
+        cut = list(one.layers.values())
+        found.append(recover(original, one.model, cut, windows, recovery, seed, told))
+    if len(models) == 1:
+        return 0, found[0]
+    kept_out = windows[held_out(len(windows))]
+    ranks = [window_scores(one.model, kept_out).rank(measure) for one in models]
+    best = min(range(len(models)), key=ranks.__getitem__)
+    return best, found[best]
+
+
 def recover(
     original: nn.Module,
     small: Any,
     layers: Sequence[Layer],
-    windows: Tensor,
+    windows: Windows,
     recovery: Recovery,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
@@ -122,7 +174,7 @@ def recover(
         original: the original, in evaluation mode.
         small: the smaller model.
         layers: its layers with recurrences.
-        windows: token ids, (count, length), with a count of at least 2.
+        windows: at least two windows. If they are labelled, only the labels count.
         recovery: what to do.
         seed: seed of the choice of windows and of the initial values of LoRA.
         progress: a function that is called as `progress(steps done, all steps)`.
@@ -142,15 +194,17 @@ def recover(
     net = _adapt(small, layers, recovery.rank, seed) if recovery.method == "lora" else small
     device = next(small.parameters()).device
 
-    def objective(ids: Tensor) -> Tensor:
+    def objective(both: Tensor) -> Tensor:  # token ids and answers, (batch, 2, length)
+        ids, answers = both.unbind(1)
+        due = answers != IGNORED if windows.labelled else torch.ones_like(ids, dtype=torch.bool)
         with torch.no_grad():
-            target = log_softmax(original(ids, use_cache=False).logits.float(), -1).flatten(0, 1)
-        logits = net(ids, use_cache=False).logits.float().flatten(0, 1)
+            target = log_softmax(original(ids, use_cache=False).logits[due].float(), -1)
+        logits = net(ids, use_cache=False).logits[due].float()
         return kl_div(log_softmax(logits, -1), target, reduction="batchmean", log_target=True)
 
     before, after = finetune_briefly(
         net,
-        windows.to(device),
+        torch.stack([windows.ids, windows.answers], 1).to(device),
         objective,
         parameter_groups(net, lr=recovery.rate, weight_decay=0.0),
         recovery.steps,

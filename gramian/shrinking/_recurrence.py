@@ -32,6 +32,7 @@ from gramian.ops.diagonal_scan import diagonal_scan
 __all__ = ["Heads", "Recurrence", "gram", "heads_of"]
 
 _CHUNK = 16
+_SCALAR_CHUNK = 32  # longer, because the product of a state with itself is taken once a chunk
 _ELEMENTS = 2**20  # numbers of one kind that are held at once: they stay in a processor's cache
 
 
@@ -161,8 +162,8 @@ class Heads:
         n = self.keys.shape[-1]
         state = self.values.new_zeros(heads, n, width)
         total = self.values.new_zeros(n, n, dtype=torch.float64)
-        for start in range(0, length, _CHUNK):
-            part = slice(start, min(start + _CHUNK, length))
+        for start in range(0, length, _SCALAR_CHUNK):
+            part = slice(start, min(start + _SCALAR_CHUNK, length))
             keys, queries = self.keys[part], self.queries[part]
             along = self.logs[:, part, 0].cumsum(1)
             between = _between(along)  # (h, T, T): t, s

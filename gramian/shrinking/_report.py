@@ -86,6 +86,7 @@ class ShrinkRecovery:
         learning_rate: peak of the learning rate.
         batch: number of windows in each step.
         rank: rank of the changes of "lora".
+        candidates: number of criteria whose models were trained.
         divergence_before: divergence from the original's predictions before, in nats, on a tenth of
             the windows by which coordinates were chosen, on which the recovery did not train.
         divergence_after: the same after. Both are equal if the recovery did not help and was
@@ -94,6 +95,7 @@ class ShrinkRecovery:
         increase: increase of this loss, relative to the loss of the original model.
         standard_error: standard error of the difference of both losses, over windows; NaN for one
             window.
+        accuracy: share of the tokens of the held-out text that are the most probable ones.
     """
 
     steps: int
@@ -101,11 +103,13 @@ class ShrinkRecovery:
     learning_rate: float
     batch: int
     rank: int
+    candidates: int
     divergence_before: float
     divergence_after: float
     loss: float
     increase: float
     standard_error: float
+    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -119,10 +123,15 @@ class ShrinkReport:
         projection: whether the states were projected.
         multiple: the numbers of which the layers' sizes are multiples.
         criterion: how the coordinates were chosen. "error" is the greedy elimination by the exact
-            error, "diagonal" keeps the largest contributions, and "energy" the largest keys and
-            queries.
+            error, "diagonal" keeps the largest contributions, "energy" the largest keys and
+            queries, and "weights" the largest weights. "label error" and "label diagonal" are the
+            first two by the errors where labels are due. If a recovery trained several models,
+            it is the criterion of the one that was best afterwards.
         criteria: the loss of the smaller model by each criterion, on 4,096 tokens of the text by
-            which coordinates were chosen.
+            which coordinates were chosen; or the share of wrong tokens there, if `choose_by` is
+            "accuracy". They are in ascending order.
+        choose_by: "loss" or "accuracy", by which criteria were compared.
+        labelled: whether labels were given. Then only they count in losses and accuracies.
         layers: one report for every layer whose state could be made smaller.
         left: path and reason of every recurrence that was left as it is.
         tokens: number of tokens by which coordinates were chosen.
@@ -131,6 +140,8 @@ class ShrinkReport:
         loss_before: mean cross-entropy of the original model on the held-out text, in nats.
         loss_after: mean cross-entropy of the smaller model there, before a recovery.
         standard_error: standard error of the difference of both, over windows; NaN for one window.
+        accuracy_before: share of the tokens of the held-out text that the original model predicts.
+        accuracy_after: the same for the smaller model, before a recovery.
         original_state_bytes: bytes that the original model stores for one sequence of `context`
             tokens, keys and values of attention included.
         shrunk_state_bytes: the same for the smaller model.
@@ -147,6 +158,8 @@ class ShrinkReport:
     multiple: tuple[int, ...]
     criterion: str
     criteria: dict[str, float]
+    choose_by: str
+    labelled: bool
     layers: tuple[LayerShrinkage, ...]
     left: tuple[tuple[str, str], ...]
     tokens: int
@@ -155,6 +168,8 @@ class ShrinkReport:
     loss_before: float
     loss_after: float
     standard_error: float
+    accuracy_before: float
+    accuracy_after: float
     original_state_bytes: int
     shrunk_state_bytes: int
     trials: tuple[ShrinkTrial, ...]
@@ -217,9 +232,9 @@ class ShrinkReport:
         words = (
             f"{before} states to {after} ({wanted}), chosen by the criterion {self.criterion} on "
             f"{self.tokens:,} tokens in {self.seconds:.1f} s. "
-            f"Loss on {self.held_out_tokens:,} other tokens: "
+            f"Loss on {self.held_out_tokens:,} other tokens{' (labels only)' * self.labelled}: "
             f"{self.loss_before:.4f} nats before, {self.loss_after:.4f} ({change}) after"
-            f"{self._recovered}. One sequence of {self.context:,} tokens: "
+            f"{self._recovered}.{self._answered} One sequence of {self.context:,} tokens: "
             f"{self.original_state_bytes:,} bytes before, "
             f"{self.shrunk_state_bytes:,} after. One GiB holds {self.sequences(_GIB)[0]:,} "
             f"sequences before, {self.sequences(_GIB)[1]:,} after."
@@ -252,6 +267,14 @@ class ShrinkReport:
             f", and {done.loss:.4f} ({change}) after {done.steps} steps of recovery "
             f"({done.method}{undone})"
         )
+
+    @property
+    def _answered(self) -> str:
+        if not self.labelled:
+            return ""
+        words = f" Right labels: {self.accuracy_before:.2%} before, {self.accuracy_after:.2%} after"
+        done = self.recovery
+        return words + ("." if done is None else f", {done.accuracy:.2%} after the recovery.")
 
     def _change(self, increase: float, error: float) -> str:
         known = error == error  # NaN is not equal to itself

@@ -6,29 +6,29 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from gramian._labels import IGNORED
 from gramian.ops.precision import full_precision
-from gramian.shrinking._choosing import Choices, Plan, count_within
+from gramian.shrinking._choosing import Choices, Plan
 from gramian.shrinking._elimination import squared_errors
 from gramian.shrinking._family import Layer, find_layers
-from gramian.shrinking._folding import fold
 from gramian.shrinking._passes import (
     Change,
     Importance,
+    Scores,
     compare,
     measure_importance,
-    window_losses,
+    window_scores,
 )
 from gramian.shrinking._projection import Prediction, empty_gramians, predict
-from gramian.shrinking._recovery import Recovery, as_recovery, check_windows
-from gramian.shrinking._recovery import recover as recover_model
+from gramian.shrinking._recovery import Recovery, as_recovery, check_windows, recover_best
 from gramian.shrinking._report import LayerShrinkage, ShrinkRecovery, ShrinkReport, ShrinkTrial
 from gramian.shrinking._state_bytes import state_bytes
-from gramian.shrinking._texts import split_windows, windows_of
+from gramian.shrinking._texts import Windows, split_windows, windows_of
+from gramian.shrinking._trying import MEASURES, Run, Small, search
 
 __all__ = ["shrink"]
 
@@ -51,6 +51,7 @@ def shrink(
     max_tokens: int = 32_768,
     seed: int = 0,
     recover: Recovery | int | None = None,
+    choose_by: str = "loss",
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[_Model, ShrinkReport]:
     """Make the states of a model's recurrences smaller, by what a text needs of them.
@@ -63,14 +64,20 @@ def shrink(
     any other model, by transformers alone if the model is one of transformers. The given model
     stays unchanged.
 
-    This error is that of single layers, without the norms behind them and the layers above. So two
-    simpler criteria are tried, too: the largest contributions of single coordinates, and the
-    largest keys and queries. The one with the smallest loss on the windows to choose by is used.
+    This error is that of single layers, without the norms behind them and the layers above. So
+    three simpler criteria are tried, too: the largest contributions of single coordinates, the
+    largest keys and queries, and the largest weights. The one with the smallest loss on the windows
+    to choose by is used.
 
     Args:
         model: a causal language model of Gramian or of transformers with linear recurrences.
         texts: a text, token ids (length), or several of either; or windows of token ids (count,
-            length). A quarter of the windows is held out, and losses are measured there.
+            length). Or tokens with labels: a mapping with `input_ids` and `labels`, each (length)
+            or (count, length), a list of such rows, or a `datasets.Dataset` with these columns. As
+            in transformers, labels are shifted by one, `shift_labels` are not, and -100 means that
+            nothing is to be predicted. Then only the labels count: for errors, for losses, and in a
+            recovery. Windows without labels are left out. A quarter of the windows is held out, and
+            losses are measured there.
         keep: share of the states to keep, between 0 and 1, or their number, an integer. Sizes are
             rounded up to a multiple that kernels take.
         max_increase: largest increase of the loss on the held-out windows, relative to that of the
@@ -96,6 +103,9 @@ def shrink(
             the given one on the windows to choose by, or a `Recovery` with further options. If it
             does not help on a tenth of these windows, it is undone. It comes after the search for
             `max_increase`, whose losses are those before it.
+        choose_by: "loss", or "accuracy": the criterion with the largest share of right tokens is
+            used, and with the smallest loss among equals. Use it where right answers matter, and
+            not their probabilities.
         progress: a function that is called as `progress(windows done, all windows)`, and in a
             recovery as `progress(steps done, all steps)`.
 
@@ -114,7 +124,7 @@ def shrink(
         ImportError: if the recovery needs peft, which is not installed.
     """
     started = time.perf_counter()
-    _check(model, keep, max_increase, multiple, context)
+    _check(model, keep, max_increase, multiple, context, choose_by)
     recovery = as_recovery(recover)
     layers, left = _recurrences(model, per_layer)
     if projection:
@@ -128,143 +138,78 @@ def shrink(
     model.eval()
     try:
         importance, prediction = _measure(model, layers, chosen_by, projection, progress)
-        run = _Run(
-            model, layers, Choices.of(layers, importance, multiple), _some(chosen_by), held_out
-        )
-        before = window_losses(model, held_out)
+        choices = Choices.of(layers, importance, multiple)
+        some = chosen_by.first(_COMPARED)
+        run = Run(model, layers, choices, some, held_out, choose_by)
+        before = window_scores(model, held_out)
         trials: list[ShrinkTrial] = []
         if max_increase is not None:
-            small, after = _search(run, per_layer, max_increase, before, trials)
-        elif per_layer:
-            small = run.shrink(run.choices.of_total(_as_share(keep, layers)))
+            plan = search(run, per_layer, max_increase, before.losses, trials)
         else:
-            assert keep is not None
-            small = run.shrink(run.choices.share(keep))
-        if max_increase is None:
-            after = window_losses(small.model, held_out)
-        changes = compare(model, layers, small.layers, _some(chosen_by))
+            plan = _plan(choices, keep, per_layer)
+        models = run.several(plan, recovery.candidates if recovery else 1)
+        afters = [run.measure(x.kept, "held_out", (x.model, x.layers))[1] for x in models]
+        changes = [compare(model, layers, x.layers, some.ids) for x in models]
+        best, recovered = 0, None
+        if recovery is not None:
+            best, divergences = recover_best(
+                model, models, chosen_by, recovery, seed, choose_by, progress
+            )
+            scores = window_scores(models[best].model, held_out)
+            recovered = _report_recovery(recovery, divergences, scores, before)
+        small, after = models[best], afters[best]
         report = ShrinkReport(
             keep=keep,
             max_increase=max_increase,
             per_layer=per_layer,
-            multiple=tuple(sorted({run.choices.step(layer) for layer in layers})),
+            multiple=tuple(sorted({choices.step(layer) for layer in layers})),
             criterion=small.criterion,
             criteria=dict(small.criteria),
+            choose_by=choose_by,
+            labelled=windows.labelled,
             projection=projection,
             layers=tuple(
-                _report(layer, run, small, changes[layer.path], prediction) for layer in layers
+                _report(layer, run, small, changes[best][layer.path], prediction)
+                for layer in layers
             ),
             left=left,
-            tokens=chosen_by.numel(),
-            held_out_tokens=held_out.numel(),
-            context=windows.shape[1],
-            loss_before=float(before.mean()),
-            loss_after=float(after.mean()),
-            standard_error=_standard_error(after - before),
-            original_state_bytes=state_bytes(model, windows[0]),
-            shrunk_state_bytes=state_bytes(small.model, windows[0]),
+            tokens=chosen_by.ids.numel(),
+            held_out_tokens=held_out.ids.numel(),
+            context=windows.length,
+            loss_before=float(before.losses.mean()),
+            loss_after=float(after.losses.mean()),
+            standard_error=_standard_error(after.losses - before.losses),
+            accuracy_before=float(before.accuracies.mean()),
+            accuracy_after=float(after.accuracies.mean()),
+            original_state_bytes=state_bytes(model, windows.ids[0]),
+            shrunk_state_bytes=state_bytes(small.model, windows.ids[0]),
             trials=tuple(trials),
             seconds=time.perf_counter() - started,
+            recovery=recovered,
         )
-        if recovery is not None:
-            cut = list(small.layers.values())
-            told_of = recover_model(model, small.model, cut, chosen_by, recovery, seed, progress)
-            report = dataclasses.replace(
-                report,
-                recovery=_report_recovery(recovery, told_of, small.model, held_out, before),
-                seconds=time.perf_counter() - started,
-            )
     finally:
         model.train(training)
     return small.model, report
 
 
-@dataclass(frozen=True)
-class _Small:
-    """A smaller model.
-
-    Attributes:
-        model: the model.
-        layers: its cut layers, by path.
-        kept: the coordinates that were kept, (groups, k), by path.
-        criterion: how they were chosen.
-        criteria: the loss of every criterion on the windows to choose by.
-    """
-
-    model: Any
-    layers: Mapping[str, Layer]
-    kept: Mapping[str, Tensor]
-    criterion: str
-    criteria: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What all sizes of one model share.
-
-    Attributes:
-        model: the model.
-        layers: its layers.
-        choices: the sizes and coordinates that can be chosen.
-        chosen_by: windows on which criteria are compared.
-        held_out: windows on which losses are measured.
-        losses: the losses that were measured on either, by the windows and the coordinates.
-    """
-
-    model: Any
-    layers: Sequence[Layer]
-    choices: Choices
-    chosen_by: Tensor
-    held_out: Tensor
-    losses: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
-
-    def shrink(self, plan: Plan) -> _Small:
-        """Return the model with the sizes of a plan, by the criterion with the smallest loss."""
-        best: tuple[Any, dict[str, Layer]] | None = None
-        criteria: dict[str, float] = {}
-        candidates = self.choices.candidates(plan)
-        for name, kept in candidates.items():
-            small, losses = self.measure(kept, "chosen_by")
-            loss = float(losses.mean())
-            loss = math.inf if math.isnan(loss) else loss
-            if not criteria or loss < min(criteria.values()):
-                best = small
-            criteria[name] = loss
-        name = min(criteria, key=lambda one: criteria[one])
-        if best is None:
-            best = fold(self.model, self.layers, candidates[name], self.choices.importance)
-        return _Small(*best, candidates[name], name, criteria)
-
-    def measure(
-        self, kept: Mapping[str, Tensor], windows: str, small: Any = None
-    ) -> tuple[Any, Tensor]:
-        """Return the model with some coordinates, and its losses on windows.
-
-        Losses are measured once. The model is None if they are known.
-
-        Args:
-            kept: the coordinates, by path.
-            windows: "chosen_by" or "held_out".
-            small: the model and its layers, if it was built before.
-        """
-        key = (windows, *(str(kept[layer.path].tolist()) for layer in self.layers))
-        if key in self.losses:
-            return None, self.losses[key]
-        if small is None:
-            small = fold(self.model, self.layers, kept, self.choices.importance)
-        self.losses[key] = window_losses(small[0], getattr(self, windows))
-        return small, self.losses[key]
+def _plan(choices: Choices, keep: float | int | None, per_layer: bool) -> Plan:
+    """Return the sizes that keep a share, or a number, of the states."""
+    assert keep is not None
+    if per_layer:
+        return choices.of_total(_as_share(keep, choices.layers))
+    return choices.share(keep)
 
 
 def _measure(
     model: Any,
     layers: Sequence[Layer],
-    windows: Tensor,
+    windows: Windows,
     projection: bool,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Mapping[str, Importance], Prediction | None]:
     """Return the importance by which states are chosen, and what projections would do."""
-    first = windows if projection else _some(windows)  # those on which projections are predicted
+    # Projections are predicted on the first windows.
+    first = windows if projection else windows.first(_COMPARED)
     total = len(windows) + len(first) * projection
 
     def told(before: int) -> Callable[[int], None] | None:
@@ -283,57 +228,8 @@ def _measure(
     return importance, prediction
 
 
-def _some(windows: Tensor) -> Tensor:
-    """Return the first windows, of 4,096 tokens in all, and at least one."""
-    return windows[: max(1, _COMPARED // windows.shape[1])]
-
-
-def _search(
-    run: _Run,
-    per_layer: bool,
-    max_increase: float,
-    before: Tensor,
-    trials: list[ShrinkTrial],
-) -> tuple[_Small, Tensor]:
-    """Return the smallest model within the budget that the search finds, and its losses."""
-    plans = run.choices.plans(per_layer)
-    if not plans:
-        raise ValueError(
-            "max_increase needs a smaller size to try; got layers of the smallest size that "
-            "kernels take."
-        )
-    whole = float(before.mean())
-
-    def greedy(at: int) -> bool:
-        _, losses = run.measure(run.choices.candidates(plans[at])["error"], "held_out")
-        return float(losses.mean()) / whole - 1 <= max_increase
-
-    found: tuple[_Small, Tensor] | None = None
-
-    def within(at: int) -> bool:
-        nonlocal found
-        small = run.shrink(plans[at])
-        _, losses = run.measure(small.kept, "held_out", (small.model, small.layers))
-        loss = float(losses.mean())
-        states = sum(layer.shape.groups * layer.shape.states for layer in small.layers.values())
-        trials.append(ShrinkTrial(states, loss, loss / whole - 1))
-        good = trials[-1].increase <= max_increase  # NaN is not within the budget
-        if good:
-            found = small, losses
-        return good
-
-    count_within(len(plans), within, guess=count_within(len(plans), greedy))
-    if found is None:
-        best = min(trials, key=lambda trial: trial.increase)
-        raise ValueError(
-            f"max_increase must allow the loss of a smaller state, which is {best.increase:.3%} "
-            f"above the original's with {best.states} states in all; got {max_increase:.3%}."
-        )
-    return found
-
-
 def _report(
-    layer: Layer, run: _Run, small: _Small, change: Change, prediction: Prediction | None
+    layer: Layer, run: Run, small: Small, change: Change, prediction: Prediction | None
 ) -> LayerShrinkage:
     commutes = prediction is not None and layer.family.commutes(layer.module)
     gram, kept = run.choices.importance[layer.path].gram, small.kept[layer.path]
@@ -356,20 +252,16 @@ def _report(
 
 
 def _report_recovery(
-    recovery: Recovery,
-    divergences: tuple[float, float],
-    small: Any,
-    held_out: Tensor,
-    before: Tensor,
+    recovery: Recovery, divergences: tuple[float, float], after: Scores, before: Scores
 ) -> ShrinkRecovery:
-    after = window_losses(small, held_out)
     return ShrinkRecovery(
         **dataclasses.asdict(dataclasses.replace(recovery, learning_rate=recovery.rate)),
         divergence_before=divergences[0],
         divergence_after=divergences[1],
-        loss=float(after.mean()),
-        increase=float(after.mean() / before.mean()) - 1,
-        standard_error=_standard_error(after - before),
+        loss=float(after.losses.mean()),
+        increase=float(after.losses.mean() / before.losses.mean()) - 1,
+        standard_error=_standard_error(after.losses - before.losses),
+        accuracy=float(after.accuracies.mean()),
     )
 
 
@@ -420,6 +312,7 @@ def _check(
     max_increase: float | None,
     multiple: int | None,
     context: int | None,
+    choose_by: str,
 ) -> None:
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise TypeError(
@@ -441,6 +334,8 @@ def _check(
             "keep must be a share between 0 and 1, both excluded, or a number of states, at least "
             f"1; got {keep!r}."
         )
+    if choose_by not in MEASURES:
+        raise ValueError(f"choose_by must be {' or '.join(MEASURES)}; got {choose_by!r}.")
     for name, size, least in (("multiple", multiple, 1), ("context", context, 2)):
         if size is not None and (not isinstance(size, int) or size < least):
             raise ValueError(f"{name} must be an integer of at least {least}; got {size!r}.")
@@ -451,13 +346,15 @@ def _context(model: Any) -> int:
     return min(1024, getattr(config, "max_position_embeddings", None) or 1024)
 
 
-def _check_vocabulary(model: Any, windows: Tensor) -> None:
+def _check_vocabulary(model: Any, windows: Windows) -> None:
     known = model.get_input_embeddings().num_embeddings
-    low, high = int(windows.min()), int(windows.max())
-    if low < 0 or high >= known:
-        raise ValueError(
-            f"token ids must lie in 0 … {known - 1}, the model's vocabulary; got {low} … {high}."
-        )
+    due = windows.answers[windows.answers != IGNORED]
+    for name, ids in (("token ids", windows.ids), ("labels", due)):
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= known:
+            raise ValueError(
+                f"{name} must lie in 0 … {known - 1}, the model's vocabulary; got {low} … {high}."
+            )
 
 
 def _as_share(keep: float | int | None, layers: Sequence[Layer]) -> float:

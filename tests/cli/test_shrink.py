@@ -77,11 +77,13 @@ def test_shrink_recovers_what_was_lost(workplace: Path, call: Call, method: str)
         pytest.importorskip("peft")
     arguments = (
         f"shrink ours {method} --text text.txt --keep 2 --context 16 --recover-steps 30 "
-        f"--recover {method} --recover-rate 3e-3 --json"
+        f"--recover {method} --recover-rate 3e-3 --recover-candidates 2 --choose-by accuracy --json"
     )
     status, out, err = call(arguments, workplace)
     assert status == 0, err
-    done = json.loads(out)["recovery"]
+    report = json.loads(out)
+    done = report["recovery"]
+    assert report["choose_by"] == "accuracy" and done["candidates"] == 2
     assert (done["steps"], done["method"], done["learning_rate"]) == (30, method, 3e-3)
     assert done["divergence_after"] < done["divergence_before"]
     assert load(workplace / method).config.mixers[0]["state_size"] == 2
@@ -114,6 +116,12 @@ def test_shrink_projects_states(workplace: Path, call: Call) -> None:
         ("nowhere refused --text text.txt --keep 0.5", 1, "no model folder nowhere"),
         ("gpt2 refused --text text.txt --keep 0.5 --context 40", 1, "linear recurrences"),
         ("mamba2 refused --text text.txt --keep 0.5 --recover lora", 2, "need --recover-steps"),
+        ("mamba2 refused --text text.txt --keep 1 --recover-candidates 2", 2, "--recover-steps"),
+        (
+            "mamba2 refused --text text.txt --keep 0.5 --context 40 --choose-by speed",
+            1,
+            "choose_by must be loss or accuracy; got 'speed'.",
+        ),
         ("mamba2 refused --text text.txt --keep 0.5 --recover-steps -1", 2, "--recover-steps"),
         (
             "mamba2 refused --text text.txt --keep 0.5 --recover-steps 3 --recover all",

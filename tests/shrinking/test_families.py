@@ -22,6 +22,7 @@ from gramian.shrinking._choosing import Choices
 from gramian.shrinking._family import Layer, find_layers
 from gramian.shrinking._folding import fold
 from gramian.shrinking._passes import Importance, compare, measure_importance
+from gramian.shrinking._texts import Windows
 
 VOCABULARY = 97
 HYBRID = {
@@ -169,7 +170,7 @@ def windows(count: int = 3, length: int = 41) -> Tensor:
 def importance_of(model: Any) -> tuple[list[Layer], dict[str, Importance]]:
     layers = list(find_layers(model))
     assert layers
-    return layers, measure_importance(model, layers, windows())
+    return layers, measure_importance(model, layers, Windows.of(windows()))
 
 
 def prepare(kind: str) -> tuple[Any, list[Layer], dict[str, Importance]]:

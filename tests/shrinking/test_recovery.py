@@ -24,6 +24,7 @@ from gramian.models import GramianConfig, GramianForCausalLM
 from gramian.shrinking import Recovery, ShrinkReport
 from gramian.shrinking._family import find_layers
 from gramian.shrinking._recovery import recover
+from gramian.shrinking._texts import Windows
 
 VOCABULARY = 23
 
@@ -171,7 +172,7 @@ def test_a_seed_decides_everything(method: str) -> None:
         after = torch.rand(())
         torch.manual_seed(noise)
         steps = Recovery(10, method, learning_rate=3e-3)
-        recover(model, small, list(find_layers(small)), windows(), steps, seed)
+        recover(model, small, list(find_layers(small)), Windows.of(windows()), steps, seed)
         assert torch.rand(()) == after  # and its own draws stay in the recovery
         found.append(torch.cat([p.detach().flatten() for p in small.parameters()]))
     assert torch.equal(found[0], found[1])
@@ -209,7 +210,9 @@ def test_a_weight_in_two_places_is_not_changed_by_low_rank() -> None:
     shared[1].mlp.up_proj.weight = shared[0].mlp.up_proj.weight
     before = shared[0].mlp.up_proj.weight.detach().clone()
     recovery = Recovery(20, "lora", learning_rate=3e-3)
-    first, last = recover(model, small, list(find_layers(small)), windows(), recovery, 0)
+    first, last = recover(
+        model, small, list(find_layers(small)), Windows.of(windows()), recovery, 0
+    )
     assert last < first
     assert torch.equal(shared[0].mlp.up_proj.weight, before)
     assert small.lm_head.weight is small.model.embed_tokens.weight

@@ -137,12 +137,16 @@ def test_texts_need_a_tokenizer_and_equal_their_tokens() -> None:
 def test_max_increase_finds_the_smallest_size_within_the_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from gramian.shrinking import _shrink
+    from gramian.shrinking import _shrink, _trying
+    from gramian.shrinking._passes import Scores
+    from gramian.shrinking._texts import Windows
 
-    def losses(model: Any, held_out: Tensor) -> Tensor:  # 1 % more for each state less
-        return torch.full((len(held_out),), 1 + 0.01 * (12 - model.config.state_size)).double()
+    def scores(model: Any, windows: Windows) -> Scores:  # 1 % more loss for each state less
+        losses = torch.full((len(windows),), 1 + 0.01 * (12 - model.config.state_size)).double()
+        return Scores(losses, torch.ones_like(losses))
 
-    monkeypatch.setattr(_shrink, "window_losses", losses)
+    for module in (_shrink, _trying):
+        monkeypatch.setattr(module, "window_scores", scores)
     model = mamba2()
     for budget, size in ((0.035, 9), (0.01 + 1e-9, 11), (0.5, 1)):
         small, report = gramian.shrink(model, windows(3), max_increase=budget)
@@ -226,7 +230,7 @@ def test_the_criterion_with_the_smallest_loss_is_used(monkeypatch: pytest.Monkey
 
     model = ours("gated_delta_net", "gated_linear_attention")
     _, report = gramian.shrink(model, windows(9), keep=0.5)
-    assert set(report.criteria) == {"error", "diagonal", "energy"}
+    assert set(report.criteria) == {"error", "diagonal", "energy", "weights"}
     assert report.criteria[report.criterion] == min(report.criteria.values())
     assert "normalized" in report.layers[0].note and not report.layers[1].note
     candidates = Choices.candidates

@@ -12,7 +12,8 @@ import gramian
 from gramian.models import GramianConfig, GramianForCausalLM
 from gramian.shrinking._family import find_layers
 from gramian.shrinking._folding import fold
-from gramian.shrinking._passes import measure_importance, window_losses
+from gramian.shrinking._passes import measure_importance, window_scores
+from gramian.shrinking._texts import Windows
 
 KEYS, PAIRS = 8, 4
 
@@ -58,7 +59,7 @@ def test_projections_are_better_than_coordinates() -> None:
         losses, errors = [], []
         for projection in (True, False):
             small, report = gramian.shrink(model, text, keep=size, projection=projection)
-            losses.append(float(window_losses(small, held_out).mean()))
+            losses.append(float(window_scores(small, Windows.of(held_out)).losses.mean()))
             errors.append([layer.measured_error for layer in report.layers])
         assert losses[0] <= losses[1]
         assert all(one <= two for one, two in zip(*errors, strict=True))
@@ -70,10 +71,10 @@ def test_the_chosen_coordinates_are_better_than_random_ones() -> None:
     model = trained("gated_linear_attention", generator)
     text, held_out = recall(96, generator), recall(512, generator)
     layers = list(find_layers(model))
-    importance = measure_importance(model, layers, text)
+    importance = measure_importance(model, layers, Windows.of(text))
 
     def loss(small: GramianForCausalLM) -> float:
-        return float(window_losses(small, held_out).mean())
+        return float(window_scores(small, Windows.of(held_out)).losses.mean())
 
     for size in (4, 8):
         chosen, _ = gramian.shrink(model, text, keep=size)

@@ -1,0 +1,162 @@
+"""Build smaller models by several criteria, and take the best of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from gramian.shrinking._choosing import Choices, Plan, count_within
+from gramian.shrinking._family import Layer
+from gramian.shrinking._folding import fold
+from gramian.shrinking._passes import Scores, window_scores
+from gramian.shrinking._report import ShrinkTrial
+from gramian.shrinking._texts import Windows
+
+__all__ = ["MEASURES", "Run", "Small", "search"]
+
+MEASURES = ("loss", "accuracy")
+"""What criteria can be chosen by."""
+
+
+@dataclass(frozen=True)
+class Small:
+    """A smaller model.
+
+    Attributes:
+        model: the model.
+        layers: its cut layers, by path.
+        kept: the coordinates that were kept, (groups, k), by path.
+        criterion: how they were chosen.
+        criteria: the loss of every criterion on the windows to choose by, or the share of wrong
+            tokens there, in ascending order.
+    """
+
+    model: Any
+    layers: Mapping[str, Layer]
+    kept: Mapping[str, Tensor]
+    criterion: str
+    criteria: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all sizes of one model share.
+
+    Attributes:
+        model: the model.
+        layers: its layers.
+        choices: the sizes and coordinates that can be chosen.
+        chosen_by: windows on which criteria are compared.
+        held_out: windows on which losses are measured.
+        measure_by: "loss" or "accuracy", by which criteria are compared.
+        scores: what was measured on either, by the windows and the coordinates.
+    """
+
+    model: Any
+    layers: Sequence[Layer]
+    choices: Choices
+    chosen_by: Windows
+    held_out: Windows
+    measure_by: str = "loss"
+    scores: dict[tuple[str, ...], Scores] = field(default_factory=dict)
+
+    def shrink(self, plan: Plan) -> Small:
+        """Return the model with the sizes of a plan, by the best criterion."""
+        return self.several(plan, 1)[0]
+
+    def several(self, plan: Plan, count: int) -> list[Small]:
+        """Return the models of the best criteria, which keep different coordinates, best first."""
+        candidates = self.choices.candidates(plan)
+        built: dict[str, Any] = {}
+        ranks: dict[str, tuple[float, float]] = {}
+        for name, kept in candidates.items():
+            small, scores = self.measure(kept, "chosen_by")
+            ranks[name] = scores.rank(self.measure_by)
+            if small is not None:
+                built[name] = small
+            for worst in sorted(built, key=ranks.__getitem__)[count:]:
+                del built[worst]
+        order = sorted(ranks, key=ranks.__getitem__)
+        criteria = {name: ranks[name][0] for name in order}
+        found: list[Small] = []
+        for name in order:
+            kept = candidates[name]
+            if len(found) < count and not any(self._same(kept, one.kept) for one in found):
+                model, layers = built.get(name) or self._fold(kept)
+                found.append(Small(model, layers, kept, name, criteria))
+        return found
+
+    def measure(
+        self, kept: Mapping[str, Tensor], windows: str, small: Any = None
+    ) -> tuple[Any, Scores]:
+        """Return the model with some coordinates, and its scores on windows.
+
+        Scores are measured once. The model is None if they are known.
+
+        Args:
+            kept: the coordinates, by path.
+            windows: "chosen_by" or "held_out".
+            small: the model and its layers, if it was built before.
+        """
+        key = (windows, *(str(kept[layer.path].tolist()) for layer in self.layers))
+        if key in self.scores:
+            return None, self.scores[key]
+        if small is None:
+            small = self._fold(kept)
+        self.scores[key] = window_scores(small[0], getattr(self, windows))
+        return small, self.scores[key]
+
+    def _fold(self, kept: Mapping[str, Tensor]) -> tuple[Any, dict[str, Layer]]:
+        return fold(self.model, self.layers, kept, self.choices.importance)
+
+    def _same(self, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+        return all(one[x.path].equal(other[x.path]) for x in self.layers)
+
+
+def search(
+    run: Run, per_layer: bool, max_increase: float, before: Tensor, trials: list[ShrinkTrial]
+) -> Plan:
+    """Return the plan of the smallest model within the budget that the search finds.
+
+    Args:
+        run: the run.
+        per_layer: whether layers may have different sizes.
+        max_increase: largest increase of the loss, relative to that of the model.
+        before: losses of the model on the held-out windows.
+        trials: the list to which sizes that were tried with all criteria are added.
+
+    Raises:
+        ValueError: if no smaller size is within the budget.
+    """
+    plans = run.choices.plans(per_layer)
+    if not plans:
+        raise ValueError(
+            "max_increase needs a smaller size to try; got layers of the smallest size that "
+            "kernels take."
+        )
+    whole = float(before.mean())
+
+    def greedy(at: int) -> bool:
+        _, scores = run.measure(run.choices.candidates(plans[at])["error"], "held_out")
+        return float(scores.losses.mean()) / whole - 1 <= max_increase
+
+    def within(at: int) -> bool:
+        small = run.shrink(plans[at])
+        _, scores = run.measure(small.kept, "held_out", (small.model, small.layers))
+        loss = float(scores.losses.mean())
+        states = sum(layer.shape.groups * layer.shape.states for layer in small.layers.values())
+        trials.append(ShrinkTrial(states, loss, loss / whole - 1))
+        return trials[-1].increase <= max_increase  # NaN is not within the budget
+
+    count = count_within(len(plans), within, guess=count_within(len(plans), greedy))
+    if not count:
+        best = min(trials, key=lambda trial: math.inf if math.isnan(trial.loss) else trial.increase)
+        raise ValueError(
+            f"max_increase must allow the loss of a smaller state, which is {best.increase:.3%} "
+            f"above the original's with {best.states} states in all; got {max_increase:.3%}."
+        )
+    return plans[count - 1]

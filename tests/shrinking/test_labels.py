@@ -1,0 +1,251 @@
+"""`shrink` with labels: what counts in errors, losses and recoveries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Mamba2Config, Mamba2ForCausalLM
+
+import gramian
+from gramian.models import GramianConfig, GramianForCausalLM
+from gramian.shrinking import Recovery
+from gramian.shrinking._choosing import Choices
+from gramian.shrinking._family import find_layers
+from gramian.shrinking._magnitudes import magnitudes
+from gramian.shrinking._passes import measure_importance, window_scores
+from gramian.shrinking._texts import Windows, windows_of
+
+VOCABULARY = 31
+
+
+def model_of(kind: str = "mamba2") -> Any:
+    torch.manual_seed(0)
+    if kind == "mamba2":
+        shape = {"num_heads": 4, "head_dim": 8, "state_size": 6, "n_groups": 2, "chunk_size": 16}
+        config = Mamba2Config(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, **shape)
+        model: Any = Mamba2ForCausalLM(config)
+    else:
+        model = GramianForCausalLM(
+            GramianConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_heads=2,
+                mixers=kind,
+                linear_recurrence={"state_size": 6},
+            )
+        )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+def tokens(count: int = 12, length: int = 21) -> tuple[Tensor, Tensor]:
+    """Token ids, and labels of a fifth of them."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(VOCABULARY, (count, length), generator=generator)
+    due = torch.rand(count, length, generator=generator) < 0.2
+    due[:, 5] = True
+    return ids, torch.where(due, ids, -100)
+
+
+def test_losses_and_accuracies_are_those_of_the_labels() -> None:
+    model, (ids, labels) = model_of(), tokens()
+    scores = window_scores(model, windows_of({"input_ids": ids, "labels": labels}, None, 8, 10**6))
+    with torch.no_grad():
+        logits = model(ids).logits.double()
+    for row in range(len(ids)):
+        losses, right = [], []
+        for t in range(1, ids.shape[1]):
+            if labels[row, t] != -100:
+                predicted = logits[row, t - 1]
+                losses.append(-predicted.log_softmax(-1)[labels[row, t]])
+                right.append(predicted.argmax() == labels[row, t])
+        assert scores.losses[row] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+        assert scores.accuracies[row] == float(torch.stack(right).double().mean())
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "gated_linear_attention", "gated_delta_net", "s6"])
+def test_the_label_criteria_count_errors_where_labels_are_due(kind: str) -> None:
+    model, (ids, labels) = model_of(kind), tokens()
+    windows = windows_of({"input_ids": ids, "labels": labels}, None, 8, 10**6)
+    layers = list(find_layers(model))
+    both = measure_importance(model, layers, windows)
+    every = measure_importance(model, layers, Windows.of(ids))
+    for layer in layers:
+        one = both[layer.path]
+        assert one.due is not None and torch.equal(one.gram, every[layer.path].gram)
+        assert every[layer.path].due is None
+    # All positions are the labelled ones and the others.
+    inverse = replace(windows, answers=torch.where(windows.answers == -100, ids, -100))
+    rest = measure_importance(model, layers, inverse)
+    for path, one in both.items():
+        other = rest[path].due
+        assert one.due is not None and other is not None and float(one.due.norm()) > 0
+        torch.testing.assert_close(one.due + other, one.gram, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(one.due / one.due.norm(), one.gram / one.gram.norm(), rtol=1e-3)
+    candidates = Choices.of(layers, both, 1).candidates({layer.path: 3 for layer in layers})
+    assert {"label error", "label diagonal"} < set(candidates)
+    assert "label error" not in Choices.of(layers, every, 1).candidates(
+        {layer.path: 3 for layer in layers}
+    )
+
+
+def test_labels_come_as_mappings_rows_tables_and_shifted() -> None:
+    ids, labels = tokens()
+    expected = windows_of({"input_ids": ids, "labels": labels}, None, 8, 10**6)
+    assert torch.equal(expected.ids, ids) and expected.labelled
+    assert bool((expected.answers[:, -1] == -100).all())
+    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    rows = [
+        {"input_ids": i, "labels": x} for i, x in zip(ids.tolist(), labels.tolist(), strict=True)
+    ]
+    forms: list[Any] = [
+        {"input_ids": ids, "shift_labels": shifted},
+        {
+            "input_ids": ids.tolist(),
+            "labels": labels.tolist(),
+            "attention_mask": (ids >= 0).tolist(),
+        },
+        rows,
+    ]
+    datasets = pytest.importorskip("datasets")
+    forms.append(datasets.Dataset.from_list(rows))
+    for form in forms:
+        found = windows_of(form, None, 8, 10**6)
+        assert torch.equal(found.ids, ids) and torch.equal(found.answers, expected.answers)
+
+
+def test_texts_with_labels_are_cut_like_texts() -> None:
+    ids, labels = (x.flatten() for x in tokens())
+    found = windows_of({"input_ids": ids, "labels": labels}, None, 20, 10**6)
+    assert found.ids.shape == (12, 20)
+    assert torch.equal(found.answers[3, :-1], labels[61:80])
+    unequal = {"input_ids": [ids[:45], ids[45:]], "labels": [labels[:45], labels[45:]]}
+    assert windows_of(unequal, None, 20, 10**6).ids.shape == (12, 20)
+    none = windows_of({"input_ids": tokens()[0]}, None, 8, 10**6)
+    assert not none.labelled and torch.equal(none.answers[:, :-1], none.ids[:, 1:])
+
+
+def test_windows_without_labels_are_left_out() -> None:
+    ids, labels = tokens()
+    labels[3] = -100
+    labels[5, 1:] = -100
+    labels[5, 0] = ids[5, 0]  # nothing comes before the first token
+    found = windows_of({"input_ids": ids, "labels": labels}, None, 8, 10**6)
+    assert len(found) == 10
+    with pytest.raises(ValueError, match=r"at least two windows are needed.*got 1 with labels"):
+        windows_of({"input_ids": ids[2:4], "labels": labels[2:4]}, None, 8, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"labels": [[1, 2], [3, 4]]}, "need the column input_ids"),
+        ({"input_ids": [[1, 2], [3, 4]], "labels": [[1, 2], [3]]}, "labels must have the shape"),
+        ({"input_ids": [[1.5, 2], [3, 4]]}, "input_ids must be integers"),
+        (
+            {"input_ids": [[1, 2], [3, 4]], "attention_mask": [[1, 1], [1, 0]]},
+            "must not be padded",
+        ),
+        (
+            {"input_ids": [[1, 2], [3, 4]], "labels": [[1, 2], [3, 4]], "shift_labels": [[1, 2]]},
+            "give one of labels and shift_labels",
+        ),
+        (
+            {"input_ids": [[1, 2], [3, 4]], "labels": [[1, 2], [3, 99]]},
+            r"labels must lie in 0 … 30.*got 2 … 99",
+        ),
+    ],
+)
+def test_bad_labels_are_refused_in_one_sentence(texts: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gramian.shrink(model_of(), texts, keep=0.5)
+
+
+def test_criteria_are_chosen_by_what_is_asked_for() -> None:
+    model, (ids, labels) = model_of("gated_linear_attention"), tokens(24)
+    texts = {"input_ids": ids, "labels": labels}
+    found = {}
+    for measure in ("loss", "accuracy"):
+        _, report = gramian.shrink(model, texts, keep=2, choose_by=measure)
+        assert report.choose_by == measure and report.labelled
+        assert report.criteria[report.criterion] == min(report.criteria.values())
+        assert "label error" in report.criteria and "Right labels" in report.summary
+        found[measure] = report
+    wrong = found["accuracy"].criteria
+    assert all(0 <= value <= 1 for value in wrong.values()) and wrong != found["loss"].criteria
+    assert 0 <= found["loss"].accuracy_after <= 1
+    with pytest.raises(ValueError, match="choose_by must be loss or accuracy; got 'speed'"):
+        gramian.shrink(model, texts, keep=2, choose_by="speed")
+
+
+def test_a_recovery_trains_on_the_labels_alone() -> None:
+    model, (ids, labels) = model_of("gated_linear_attention"), tokens(64)
+    texts = {"input_ids": ids, "labels": labels}
+    small, report = gramian.shrink(model, texts, keep=2, recover=Recovery(30, learning_rate=3e-3))
+    plain, _ = gramian.shrink(model, texts, keep=2)
+    every, _ = gramian.shrink(model, ids, keep=2, recover=Recovery(30, learning_rate=3e-3))
+    done = report.recovery
+    assert done is not None and done.divergence_after < done.divergence_before
+    windows = windows_of(texts, None, 8, 10**6)
+    due = windows.answers != -100
+
+    def divergence(other: Any, where: Tensor) -> float:
+        with torch.no_grad():
+            p, q = (net(ids).logits.double().log_softmax(-1)[where] for net in (model, other))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    assert divergence(small, due) < divergence(plain, due)
+    assert divergence(small, due) / divergence(small, ~due) < divergence(every, due) / divergence(
+        every, ~due
+    )
+
+
+def test_several_criteria_are_recovered_and_the_best_is_kept() -> None:
+    model, (ids, _) = model_of("gated_linear_attention"), tokens(64)
+    seen: list[tuple[int, int]] = []
+    recovery = Recovery(6, learning_rate=3e-3, candidates=3)
+    small, report = gramian.shrink(
+        model, ids, keep=2, recover=recovery, progress=lambda *done: seen.append(done)
+    )
+    alone, first = gramian.shrink(model, ids, keep=2, recover=Recovery(6, learning_rate=3e-3))
+    assert seen[-1][0] == seen[-1][1] and seen[-1][1] % 6 == 0 and seen[-1][1] >= 12
+    assert report.recovery is not None and report.recovery.candidates == 3
+    assert first.criterion == min(first.criteria, key=first.criteria.__getitem__)
+    assert report.criteria == first.criteria
+    if report.criterion == first.criterion:
+        same = zip(small.parameters(), alone.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in same)
+
+
+@pytest.mark.parametrize(
+    "kind", ["mamba2", "gated_linear_attention", "gated_delta_net", "s6", "linear_attention"]
+)
+def test_magnitudes_are_the_squares_that_a_cut_removes(kind: str) -> None:
+    model = model_of(kind)
+    layers = list(find_layers(model))
+    importance = measure_importance(model, layers, Windows.of(tokens()[0]))
+    for layer in layers:
+        groups, n, energies = layer.shape.groups, 6, importance[layer.path].energies
+
+        def left(kept: Tensor, layer: Any = layer, energies: Any = energies) -> float:
+            cut = layer.family.cut(layer.module, kept, energies)
+            return sum(float(x.detach().double().square().sum()) for x in cut.values())
+
+        found = magnitudes(layer, energies)
+        assert found.shape == (groups, n)
+        whole = torch.arange(n - 1).repeat(groups, 1)  # the last coordinate is dropped
+        for group in range(groups):
+            for j in range(n - 1):
+                kept = whole.clone()
+                kept[group] = torch.tensor([i for i in range(n) if i != j])
+                removed = left(whole) - left(kept)  # what j has more than the last coordinate
+                expected = float(found[group, j] - found[group, n - 1])
+                assert removed == pytest.approx(expected, rel=1e-4, abs=1e-5)
