@@ -327,6 +327,14 @@ def _application(r: Results) -> str:
     return ", ".join(f"{part['ratio']:.1f} ({name})" for name, part in r["application"].items())
 
 
+def _limits(part: str, *names: str) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        found = [r[part][name] for name in names] if names else [r[part]]
+        return ", ".join(f"{one['ratio']:.2f}" for one in found)
+
+    return text
+
+
 def _long_agreement(r: Results) -> str:
     run = r["agreement"]
     within = 100 * run["means_within_stated_error"]
@@ -619,6 +627,7 @@ FIGURES: dict[str, list[Row]] = {
         ("coverage", _largest("size_error")),
         ("coverage", _largest("output_error")),
     ],
+    "Distance from the limit": [(None, _stands("not measured yet"))] * 5,
     "Long contexts": [
         (None, _stands("not measured yet")),
         (None, _stands("not measured yet")),
