@@ -11,6 +11,8 @@ import torch
 
 # For the processes that the tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Kernels run on the CPU, in Triton's interpreter, which has to be chosen before Triton is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_sessionstart() -> None:

@@ -27,9 +27,13 @@ from gramian.mixers.registry import register
 from gramian.mixers.short_convolution import ShortConvolution
 from gramian.ops import causal_convolution
 from gramian.ops.fp8 import FP8Linear
+from gramian.ops.kernels import runs_in_triton
+from gramian.ops.kernels.hyena_step import hyena_step
 from gramian.ops.packed import Linear
 from gramian.systems import (
     DenseOperator,
+    ModalRecurrence,
+    ModalState,
     Recurrence,
     State,
     System,
@@ -226,8 +230,30 @@ class Hyena(ConvolutionMixer):
     def convolve_token(
         self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
     ) -> tuple[Tensor, State]:
-        y, state = self.fused(self.in_proj(x_t), state, long)
+        z = self.in_proj(x_t)
+        if runs_in_triton(z):
+            stepped = self._step_in_triton(z, state, long)
+            if stepped is not None:
+                return self.finish(stepped[0]), stepped[1]
+        y, state = self.fused(z, state, long)
         return self.finish(y), state
+
+    def _step_in_triton(
+        self, z: Tensor, state: State, long: tuple[Recurrence, ...]
+    ) -> tuple[Tensor, State] | None:
+        """Run `inner` as one kernel, or return None if the kernel does not cover this layer."""
+        assert isinstance(state, HyenaState)
+        weight, bias = self.short.weight, self.short.bias
+        if len(long) != 1 or not isinstance(long[0], ModalRecurrence):
+            return None
+        planes = long[0].planes
+        if planes is None or bias is None or {weight.device, state.short.device} != {z.device}:
+            return None
+        inner = state.long[0]
+        assert isinstance(inner, ModalState)
+        past, modes = state.short.to(z.dtype).contiguous(), inner.modes[0].contiguous()
+        y = hyena_step(z, past, weight, bias, modes, *planes)
+        return y, HyenaState(past, (ModalState((modes,)),))
 
     def inner(self, z: Tensor, state: State, long: tuple[Recurrence, ...]) -> tuple[Tensor, State]:
         assert isinstance(state, HyenaState)

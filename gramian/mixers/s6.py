@@ -16,6 +16,8 @@ from gramian._checks import check_sizes
 from gramian.mixers.linear_recurrence import Coefficients, Dynamics, LinearRecurrence, steps_of_time
 from gramian.mixers.registry import register
 from gramian.ops.diagonal_scan import diagonal_scan
+from gramian.ops.kernels import runs_in_triton
+from gramian.ops.kernels.selective_scan import selective_scan
 from gramian.ops.packed import Linear
 
 __all__ = ["S6"]
@@ -89,6 +91,10 @@ class SelectiveSteps(NamedTuple):
 
     def run(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         x = values.squeeze(-1).mT  # (batch, length, channels); states have n as a last dimension
+        if runs_in_triton(x):
+            start = memory.squeeze(-1)
+            y, end = selective_scan(x, self.dt, self.rates, self.B, self.C, self.skip, start)
+            return y.mT.unsqueeze(-1), end.unsqueeze(-1)
         a = self._gates()
         inputs = (self.dt * x).unsqueeze(-1) * self.B.unsqueeze(2)
         states, end = diagonal_scan(a.transpose(1, 2), inputs.transpose(1, 2), memory.squeeze(-1))

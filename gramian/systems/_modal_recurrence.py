@@ -270,6 +270,22 @@ class ModalRecurrence(Recurrence[ModalState]):
             re.mul_(group.real).sub_(turned).add_(entered)
         return self._read(outputs, sample, u_t.dtype), state
 
+    @functools.cached_property
+    def planes(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return what a fused kernel steps with, or None if channels are in several groups.
+
+        Returns:
+            The poles (1 or 2, m, *C): their real and imaginary parts, the latter only if the
+            system is not real. The residues in the same shape, as Re r and -Im r. The direct
+            term (*C). The system must have one channel dimension.
+        """
+        if len(self._groups) != 1 or self._groups[0].channels is not None or self._d.ndim != 1:
+            return None
+        (group,) = self._groups
+        poles = torch.stack([group.real, group.imaginary][: self._numbers])
+        residues = torch.stack([group.read_real, group.read_imaginary][: self._numbers])
+        return poles, residues, self._d
+
     def block_form(self, size: int, streams: int = 0) -> BlockForm[ModalState]:
         return ModalBlockForm(self.system, size, self._like.dtype, streams)
 
