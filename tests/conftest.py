@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.covering import covering
+
 # For the processes that the tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Kernels run on the CPU, in Triton's interpreter, which has to be chosen before Triton is imported.
@@ -34,9 +36,25 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.loadscopereorder = False
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest, so that no worker is left with it at the end."""
     items.sort(key=lambda item: item.path.parent.name not in FIRST)
+    grids: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if item.get_closest_marker("pairs") and not item.get_closest_marker("slow"):
+            assert isinstance(item, pytest.Function)
+            grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for grid in grids.values():
+        keep_pairs(grid)
+
+
+def keep_pairs(grid: list[pytest.Function]) -> None:
+    """Mark the tests of a grid as slow, but for some that have every pair of its options."""
+    # The same object is given to every test of an option.
+    kept = covering([[id(option) for option in item.callspec.params.values()] for item in grid])
+    for i in set(range(len(grid))).difference(kept):
+        grid[i].add_marker("slow")
 
 
 @pytest.fixture(autouse=True, scope="module")

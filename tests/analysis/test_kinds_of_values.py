@@ -181,6 +181,7 @@ class Heads(nn.Module):
         return y if self.batch_first else y.transpose(0, 1)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("kdim", [None, WIDTH])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("length", [3, LENGTH, 130])

@@ -31,6 +31,7 @@ def norm(T: torch.Tensor) -> torch.Tensor:
     return torch.linalg.matrix_norm(T)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 100])
 @pytest.mark.parametrize("tol", [0.0, 1e-9, 1e-6, 1e-5, 1e-3, 0.1, 0.5])
 @pytest.mark.parametrize("name", MATRICES)

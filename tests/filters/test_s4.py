@@ -66,6 +66,7 @@ def test_normal_part_of_hippo(n):
         np.testing.assert_allclose(moment, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
 @pytest.mark.parametrize("initialization", ["legs", "lin", "inv"])
@@ -189,6 +190,7 @@ def test_dynamics_near_the_circle_keep_their_precision():
     assert relative(taps[0], made().impulse_response(10_000)[0].detach().numpy()) < 1e-6
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("kind", ["s4d", "s4"])
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 257, 1000])
 @pytest.mark.parametrize("n", SIZES)

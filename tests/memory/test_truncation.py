@@ -49,6 +49,7 @@ def drops(rows: Tensor, share: float) -> int:
     return max(k for k in range(len(rows)) if rows[:k].sum(0).square().sum() <= share * total)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("taps", [1, 2, 3, 63])
 @pytest.mark.parametrize("share", [0.0, 1e-5, 1e-2, 0.5])
 @pytest.mark.parametrize("name", KINDS)

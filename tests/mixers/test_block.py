@@ -37,6 +37,7 @@ def make(mixer: Any = None, **kwargs: Any) -> Block:
     return block.eval()
 
 
+@pytest.mark.pairs
 @norms
 @orders
 @pytest.mark.parametrize("kind", MIXERS)
@@ -49,6 +50,7 @@ def signal(batch: int, length: int) -> torch.Tensor:
     return torch.randn(batch, length, WIDTH, generator=generator, dtype=torch.float64)
 
 
+@pytest.mark.pairs
 @norms
 @orders
 @pytest.mark.parametrize("glu", [True, False])
@@ -69,6 +71,7 @@ def test_is_the_formula(norm: str, prenorm: bool, glu: bool) -> None:
     assert_close(block(x), expected if prenorm else normed(expected))
 
 
+@pytest.mark.pairs
 @norms
 @orders
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -96,6 +99,7 @@ def test_parallel_equals_chunked_equals_recurrent(
     assert_close(torch.cat(outputs, 1), expected)
 
 
+@pytest.mark.pairs
 @norms
 @orders
 @pytest.mark.parametrize("bidirectional", [False, True])

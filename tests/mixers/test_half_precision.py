@@ -123,6 +123,7 @@ def check(
         assert error < TOLERANCE[dtype], (name, error)
 
 
+@pytest.mark.pairs
 @autocast
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MIXERS]
@@ -154,6 +155,7 @@ def with_large_values(name: str, scale: float = 600.0) -> Mixer:
 LARGE = [*FILTERS, "hyena", "multi_hyena", "multi_hyena_online", "multi_hyena_narrow"]
 
 
+@pytest.mark.pairs
 @autocast
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LARGE]

@@ -119,6 +119,7 @@ def test_every_pair_conforms(name, filter_name):
     check_mixer(make(name, filter_name))
 
 
+@pytest.mark.pairs
 @every
 @every_mixer
 @pytest.mark.parametrize("length", [1, 2, 3, 33])

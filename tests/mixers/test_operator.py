@@ -52,6 +52,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
     assert error < tolerance, error
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("filter_name", FILTERS)
 @pytest.mark.parametrize("name", MAKE)
 @pytest.mark.parametrize("length", [1, 2, 31])

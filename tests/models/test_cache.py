@@ -42,6 +42,7 @@ def test_it_counts_tokens_and_sequences(model: GramianForCausalLM, make_tokens: 
     assert not cache.is_compileable
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(
     ("indices", "picked"),
     [

@@ -78,6 +78,7 @@ def test_logits_are_of_the_pooled_hidden_states(
     assert_close(logits, outputs.logits)
 
 
+@pytest.mark.pairs
 @poolings
 @torch.no_grad()
 def test_padding_leaves_no_trace(
@@ -195,6 +196,7 @@ def test_every_parameter_learns(
         assert parameter.grad.abs().max() > 0, name
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("inputs", ["tokens", "values"])
 def test_gradient_checkpointing_changes_no_gradient(
@@ -230,6 +232,7 @@ def test_dropout_is_for_training(
     assert not torch.equal(model(tokens).logits, model(tokens).logits)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("input_size", [None, 2])
 def test_round_trip(
     make: Make,

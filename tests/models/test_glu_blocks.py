@@ -19,6 +19,7 @@ MakeTokens = Callable[[int, int], torch.Tensor]
 GLU: dict[str, Any] = {"block": "glu", "norm": "layer"}
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("prenorm", [True, False])
 @torch.no_grad()
 def test_every_mode_is_one_map(

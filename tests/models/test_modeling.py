@@ -25,6 +25,7 @@ def gradients(model: GramianForCausalLM) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("chunks", [[1], [2], [1, 5, 2, 17, 1, 37]])
 @torch.no_grad()
 def test_parallel_equals_recurrent_equals_chunked(
@@ -63,6 +64,7 @@ def test_single_precision_agrees_to_the_promised_error(
     assert (torch.cat(steps, 1) - whole).norm() <= 1e-5 * whole.norm()
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("padding", [1, 3, 50])
 @torch.no_grad()
 def test_left_padding_leaves_no_trace(

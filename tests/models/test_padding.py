@@ -89,6 +89,7 @@ def test_prompts_turns_and_steps(make_model: MakeModel, kind: dict[str, Any], pa
             close(made[row], expected[0])
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(
     ("options", "padding"),
     [

@@ -46,6 +46,7 @@ def assert_same(one: GramianForCausalLM, other: GramianForCausalLM, tokens: torc
     assert torch.equal(one(tokens).logits, other(tokens).logits)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("tied", [True, False])
 def test_round_trip(
     make_config: MakeConfig,
@@ -376,6 +377,7 @@ def everything(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
+@pytest.mark.pairs
 @torch.no_grad()
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

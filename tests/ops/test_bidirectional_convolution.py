@@ -15,6 +15,7 @@ def two_sided_product(u: Tensor, kernel: Tensor, ahead: Tensor, dim: int) -> Ten
     return toeplitz_product(u, kernel, None, None, dim) + mirrored
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(
     ("taps", "ahead"), [(1, 1), (4, 63), (63, 4), (1, 300), (300, 1), (257, 257)]
 )
@@ -40,6 +41,7 @@ def test_bidirectional_is_the_sum_over_past_and_future(
         assert (one - other).norm() <= tolerance * other.norm()
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("length", [2, 5])
 @pytest.mark.parametrize(("taps", "ahead"), [(1, 4), (4, 1), (4, 4)])
 @pytest.mark.parametrize("channels", [(3,), (1,), (2, 3)])

@@ -36,6 +36,7 @@ def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("taps", [1, 4, 63, 300, 1200])
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("dim", [-1, -2])
@@ -51,6 +52,7 @@ def test_equals_the_toeplitz_product(length: int, taps: int, dim: int, dtype: to
     assert (y - expected).norm() <= tolerance * expected.norm()
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("taps", [1, 2, 7, 16, 17, 32, 33])
 @pytest.mark.parametrize("length", [6, 300, 700])
 @pytest.mark.parametrize("dim", [-1, -2])
@@ -91,6 +93,7 @@ def test_of_few_taps_a_sample_that_is_no_number_reaches_no_earlier_output() -> N
     assert y[:, :20].isfinite().all() and y[:, 20:24].isnan().all() and y[:, 24:].isfinite().all()
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(
     "channels", [(), (1,), (6,), (3, 1), (3, 6), (2, 1, 1), (2, 1, 6), (2, 3, 6), (2, 3, 1)]
 )
@@ -169,6 +172,7 @@ def test_a_slice_of_a_projection_is_taken_as_it_is() -> None:
     )
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("save_spectra", [False, True])
 @pytest.mark.parametrize("channels", [(3,), (1,), (2, 3)])
@@ -416,6 +420,7 @@ def test_no_channels_or_batch() -> None:
     assert causal_convolution(torch.zeros(2, 0, 7), torch.zeros(0, 7)).shape == (2, 0, 7)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dim", [-1, -2])
 @pytest.mark.parametrize("size", [1.0, 1e8, 1e30])

@@ -31,6 +31,7 @@ def system(length: int, seed: int = 0, channels: tuple[int, ...] = (2, 3)) -> li
     return [a, draw(*channels, length, 5, seed=seed + 1), draw(*channels, 5, seed=seed + 2)]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 257, 1000])
 @pytest.mark.parametrize("step", [1, 300, 2**20])
 @pytest.mark.parametrize("reverse", [False, True])

@@ -37,6 +37,7 @@ def spectrum_kernel(b: Tensor, a: Tensor, d: Tensor, grid: int) -> np.ndarray:
     return (ratio @ (z[:, None] ** np.arange(grid)) / grid).real
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(("order", "grid"), [(1, 2), (1, 3), (2, 3), (3, 63), (5, 64), (17, 257)])
 @pytest.mark.parametrize("shared", SHARED)
 def test_kernel_is_the_inverse_transform_of_the_ratio(
@@ -75,6 +76,7 @@ def test_impulse_response_of_slowly_decaying_systems(radius: float, length: int)
         np.testing.assert_allclose(row, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("shared", SHARED)
 @pytest.mark.parametrize("options", [{}, {"length": 8}])
 @pytest.mark.parametrize("grid", [9, 10])

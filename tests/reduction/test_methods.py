@@ -17,6 +17,7 @@ def options(method, **more):
     return {"method": Gradient(steps=5) if method == "gradient" else method, **more}
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 257])
 def test_every_method_takes_every_size(method, length, dtype):

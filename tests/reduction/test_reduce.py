@@ -55,6 +55,7 @@ def exact_hankel_norm(kernel, reduction, horizon):
     )
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("highest", [11, pytest.param(32, marks=pytest.mark.slow)])

@@ -62,6 +62,7 @@ def stepped(system: System, length: int) -> torch.Tensor:
     return torch.stack(taps, -1)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("order", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("target", ["transfer_function", "modal", "state_space"])
 @pytest.mark.parametrize("source", ["transfer_function", "modal", "state_space", "fir"])

@@ -364,6 +364,7 @@ def test_every_system_has_a_state_space(name: str) -> None:
     assert_close(dense.impulse_response(60), system.impulse_response(60))
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 40])
 @pytest.mark.parametrize("kind", ["modal", "real modal", "window"])
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -24,6 +24,7 @@ def documents() -> list[np.ndarray]:
     return [1000 * (index + 1) + np.arange(length) for index, length in enumerate(LENGTHS)]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("length", [1, 2, 8, 63])
 @pytest.mark.parametrize("end", [None, 7])
 @pytest.mark.parametrize("pieces", [None, 1, 5])
