@@ -471,6 +471,21 @@ def _genomes(model: str, job: str) -> Callable[[Results], str]:
     return text
 
 
+def _exponents(r: Results) -> str:
+    (found,) = r["exponents"].values()
+    return f"{found['time']:.2f} (time), {found['memory']:.2f} (memory)"
+
+
+def _per_layer(r: Results) -> str:
+    """What the peak of memory grows by, over what the model does, and what is above the largest."""
+    rows = [row for row in r["rows"] if row["axis"] == "layers"]
+    first, last = rows[0], rows[-1]
+    grown = last["model MiB"] - first["model MiB"]
+    whole, own = ((last[kind] - first[kind]) / grown for kind in ("MiB", "MiB not mapped"))
+    above = (last["MiB"] - last["model MiB"]) / last["layer MiB"]
+    return f"{whole:.2f} (not mapped: {own:.2f}), at the end {above:.1f} layers above the model"
+
+
 def _stands(text: str) -> Callable[[Results], str]:
     """A figure whose run was not kept as JSON."""
     return lambda _: text
@@ -659,5 +674,14 @@ FIGURES: dict[str, list[Row]] = {
         ("genomes", _genomes(model, job))
         for job in ("mean", "none", "score")
         for model in ("HyenaDNA", "StripedHyena")
+    ],
+    "Growth": [
+        (None, _stands("not measured yet")),
+        (None, _stands("not measured yet")),
+        (None, _stands("not measured yet")),
+        ("growth_filters", _exponents),
+        ("growth_distill", _per_layer),
+        (None, _stands("not measured yet")),
+        ("growth_convert", _per_layer),
     ],
 }
