@@ -8,7 +8,9 @@ from rows, and the rows of a map are computed again whenever they are needed.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ __all__ = ["AttentionRows"]
 
 _TILE = 2**27
 """The largest number of bytes of the rows of all heads that are computed together."""
+
+_KEPT = 2**29
+"""The largest number of bytes of the maps of heads that were computed beside others."""
 
 _COMPARED = 96
 """Number of first positions at which the rows are compared with a call on these positions alone."""
@@ -70,15 +75,31 @@ class AttentionRows:
         self._apart = self._compare(parts[0][0])
 
     def operator(self, channels: slice) -> RowOperator:
-        """Return the maps of some heads by their rows."""
+        """Return the maps of some heads by their rows.
+
+        The function computes the rows of all heads of a group. Those of the other heads are kept
+        until they are asked for, unless they are too large.
+        """
         heads = range(self.heads)[channels]
+        keeps = self._apart and 2 * self.length**2 * (self.group - 1) <= _KEPT
+        kept: dict[tuple[int, int, int], Tensor] = {}
+        lock = threading.Lock()
 
         def rows(channel: int, where: slice) -> Tensor:
             head = heads[channel]
             if not self._apart:
                 return self._rows(where, checked=False)[1][head]
-            group = head // self.group
-            return self._rows(where, group, checked=False)[1][head % self.group]
+            with lock if keeps else nullcontext():
+                found = kept.pop((head, where.start, where.stop), None)
+                if found is not None:
+                    return found
+                group = head // self.group
+                maps = self._rows(where, group, checked=False)[1]
+                if keeps:
+                    for k, other in enumerate(maps, start=group * self.group):
+                        if k != head and k in heads:
+                            kept[k, where.start, where.stop] = other
+            return maps[head % self.group]
 
         query: Tensor = self.bound.arguments[self.names[0]]
         return RowOperator(rows, self.length, len(heads), query.device)
@@ -127,7 +148,7 @@ class AttentionRows:
 
     def _check(self, rows: slice, weights: Tensor, value: Tensor, output: Tensor) -> None:
         """Check that rows of maps are causal, and give the output."""
-        if bool(weights[0].triu(rows.start + 1).any()):
+        if bool(weights[0, ..., rows.start :].triu(1).any()):
             raise Unreadable("it is not causal: it looks ahead.")
         value = value.repeat_interleave(self.group, dim=1)
         expected = (weights.to(value.dtype) @ value).transpose(1, 2)
