@@ -182,6 +182,12 @@ class _Module:
     def _is_in_bad_fork(self) -> bool:
         return False
 
+    def get_rng_state(self, device: int | torch.device = 0) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: int | torch.device = 0) -> None:
+        torch.set_rng_state(state)
+
     def manual_seed_all(self, seed: int) -> None:
         """Do nothing, because the device draws from the CPU's generator."""
 

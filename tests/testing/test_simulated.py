@@ -48,6 +48,13 @@ def test_autograd_may_have_run_before_the_device_was_made() -> None:
     assert made.stdout.split("\n")[0] == "[2.0, 2.0, 2.0]"
 
 
+def test_random_numbers_are_those_of_the_cpu(device: torch.device) -> None:
+    torch.manual_seed(3)
+    with torch.random.fork_rng():
+        there = torch.randn(4, device=device)
+    torch.testing.assert_close(torch.randn(4), there.cpu())
+
+
 def test_views_share_memory_and_outlive_their_base(device: torch.device) -> None:
     x = torch.arange(12.0).to(device).reshape(3, 4)
     part = x[1:, ::2]
