@@ -15,7 +15,7 @@ several ways, at several shares:
 
 For each, the loss on other windows, or the accuracy of recall, is measured before and after a
 recovery: full training towards the original's predictions, for a tenth of the steps. Labels count
-alone there, too. The batches and rates of the recovery were chosen with the seed 100.
+alone there, too. The batches and rates of the recovery were chosen with the seeds 100 to 102.
 
     python benchmarks/shrink.py [--quick] [--seeds 3] [--recovery 10] [--runs FOLDER]
     python benchmarks/shrink.py --part cost [--layers 24] [--windows 32] [--output PATH]
