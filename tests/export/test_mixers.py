@@ -19,11 +19,13 @@ from tests.export.reference import WIDTH, run_both
 
 
 def mixers() -> dict[str, Any]:
-    filter = {"type": "modal", "orders": [1, 1, 7, 7, 7, 1]}
+    def block(orders: Any) -> Block:
+        filter = build({"type": "modal", "orders": orders}, channels=WIDTH, max_length=70)
+        return Block(WIDTH, LongConvolution(filter), norm="batch")
+
     return {
-        "block": Block(
-            WIDTH, LongConvolution(build(filter, channels=WIDTH, max_length=70)), norm="batch"
-        ),
+        "block": block(3),
+        "ragged_block": block([1, 1, 7, 7, 7, 1]),
         "hyena": Hyena(WIDTH, {"type": "s4d", "state_size": 8}, 70, order=3),
         "multi_hyena": MultiHyena(WIDTH, 3, {"type": "modal", "orders": [1, 9, 1]}, 70),
         "multi_hyena_of_one_tap": MultiHyena(WIDTH, 3, {"type": "explicit", "taps": 1}, 70),
@@ -37,9 +39,10 @@ def mixers() -> dict[str, Any]:
         ("block", "torch"),
         ("hyena", "torch"),
         ("multi_hyena_of_one_tap", "onnx"),
-        # `test_models.py` exports a model of such heads.
+        # `test_models.py` exports a model of heads of several orders.
         pytest.param("multi_hyena", "torch", marks=pytest.mark.slow),
-        pytest.param("block", "onnx", marks=pytest.mark.slow),
+        pytest.param("ragged_block", "torch", marks=pytest.mark.slow),
+        pytest.param("ragged_block", "onnx", marks=pytest.mark.slow),
     ],
 )
 def test_mixers(tmp_path: Path, name: str, kind: str) -> None:

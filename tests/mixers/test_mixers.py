@@ -130,6 +130,7 @@ def test_parallel_is_the_definition(name, filter_name, length):
         close(mixer(x), naive(mixer, x))
 
 
+@pytest.mark.pairs
 @every_pair
 @pytest.mark.parametrize("length", [63, MAX_LENGTH])  # `check_mixer` takes short ones
 def test_chunked_and_recurrent(name, filter_name, length):

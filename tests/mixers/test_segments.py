@@ -65,6 +65,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.pairs
 @every
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_a_row_gives_what_its_tokens_give_alone(name: str, filter_name: str, padding: str) -> None:
@@ -145,6 +146,7 @@ def test_gradients_pass_through_a_padded_turn(name: str, filter_name: str) -> No
             close(one, other)
 
 
+@pytest.mark.pairs
 @every
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_operators_pass_over_padding(name: str, filter_name: str, padding: str) -> None:

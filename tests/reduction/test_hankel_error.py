@@ -144,6 +144,7 @@ def test_a_channel_does_not_depend_on_the_others() -> None:
         assert float(together[k]) == pytest.approx(alone, rel=1e-9)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("pole", [0.3, 0.8])
 @pytest.mark.parametrize("multiplicity", [2, 3])
