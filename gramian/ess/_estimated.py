@@ -117,7 +117,8 @@ def estimated_mean_state_size(
     accurate one, as of `estimated_state_size`. A regression of these on the rough estimates
     corrects all others (two-phase sampling; Cochran, *Sampling Techniques*, 1977, chapter 12). More
     blocks are chosen until the error of the mean is within the tolerance. Blocks whose smaller side
-    is at most 128 are measured exactly. This takes a fraction of the time of
+    is at most 128 are measured exactly, and if there are few others, all of these get an accurate
+    estimate. This takes a fraction of the time of
     `estimated_state_size`, which brings every single estimate within the tolerance.
 
     Args:

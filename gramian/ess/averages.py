@@ -98,7 +98,8 @@ class Channel:
         seed: The seed of the random vectors and of the sample.
         memory: The largest number of bytes of rows to keep.
         device: The device of the rows.
-        sample: The number of accurate estimates.
+        sample: The number of accurate estimates, or None for one at every position. Then there
+            are no rough ones.
 
     Attributes:
         sizes: (P), float64: exact sizes, and rough ones at the positions `large`.
@@ -117,7 +118,7 @@ class Channel:
         seed: int,
         memory: int,
         device: torch.device,
-        sample: int,
+        sample: int | None,
     ) -> None:
         self._blocks = blocks = Blocks(rows, horizon, positions, device, memory)
         self._positions, self._tolerance = positions, tolerance
@@ -125,13 +126,14 @@ class Channel:
         self.found: dict[int, Tensor] = {}
         self.sizes, self.large, self._energies = measure_small(blocks, _EXACT)
         self.ratios = self.sizes.new_zeros(len(self.large))
-        for group in self._groups(range(len(self.large)), _BREADTH):
+        rough = range(len(self.large)) if sample is not None else range(0)
+        for group in self._groups(rough, _BREADTH):
             numbers = self._take(group)
             signs = random_signs(blocks, _BREADTH, self._generator)
             space = krylov_space(blocks, signs, _DEPTH)
             both = _rough(space, blocks, self._energies[numbers])
             self.sizes[numbers], self.ratios[group] = both
-        self.extend(sample)
+        self.extend(len(self.large) if sample is None else sample)
 
     def extend(self, count: int) -> None:
         """Add accurate estimates, at most `count`, and let go of the rows."""
@@ -251,7 +253,9 @@ def average(
     Raises:
         ValueError: if a value is NaN or infinite. The message names the channel.
     """
-    first = max(_LEAST, math.ceil(_SAMPLE / channels))
+    total = channels * len(positions)
+    wanted = min(_SAMPLE, math.ceil(total / 2))
+    first = None if total <= 2 * _FEW else max(_LEAST, math.ceil(wanted / channels))
 
     def one(channel: int) -> Channel:
         own = partial(rows, channel)
@@ -297,6 +301,19 @@ class _Regression:
 
     def _fit(self, rough: Tensor, ratios: Tensor, sampled: Tensor, found: Tensor) -> None:
         accurate, variances, first, second, left = found.unbind(1)
+        self._noise = float((variances * accurate.square()).mean())
+        # The quadratures err alike everywhere, so their error does not shrink in the mean.
+        share = accurate / accurate.sum()
+        both = (share * second).sum().abs() + _UNSURE * (share * (first + second)).sum().abs()
+        self._systematic = float(both + (share * left).sum())
+        if self._sampled < self._count:
+            self._correct(rough, ratios, sampled, accurate)
+        left = left + second.abs() + _UNSURE * (first + second).abs()
+        self.sizes[sampled] = accurate
+        self.errors[sampled] = accurate * (4 * variances + left.square()).sqrt()
+
+    def _correct(self, rough: Tensor, ratios: Tensor, sampled: Tensor, accurate: Tensor) -> None:
+        """Correct the rough sizes by the regression of the sample."""
         columns = [torch.ones_like(rough)]
         if self._sampled > _FEW:
             columns += [ratios, ratios.square(), self._beside(rough)]
@@ -310,16 +327,8 @@ class _Regression:
         self.sizes = rough * (X @ factors).squeeze(1)
         differences = accurate - self.sizes[sampled]
         self._variance = float(differences.square().sum() / freedom)
-        self._noise = float((variances * accurate.square()).mean())
-        # The quadratures err alike everywhere, so their error does not shrink in the mean.
-        share = accurate / accurate.sum()
-        both = (share * second).sum().abs() + _UNSURE * (share * (first + second)).sum().abs()
-        self._systematic = float(both + (share * left).sum())
         spread = float((differences / self.sizes[sampled]).square().sum() / freedom) ** 0.5
         self.errors = self.sizes * math.hypot(self._quantile * spread, self._systematic)
-        left = left + second.abs() + _UNSURE * (first + second).abs()
-        self.sizes[sampled] = accurate
-        self.errors[sampled] = accurate * (4 * variances + left.square()).sqrt()
 
     def _beside(self, rough: Tensor) -> Tensor:
         """Compare rough sizes with straight lines through their neighbours.

@@ -644,8 +644,8 @@ FIGURES: dict[str, list[Row]] = {
         ("coverage", _largest("output_error")),
     ],
     "Long contexts": [
-        (None, _stands("not measured yet")),
-        (None, _stands("not measured yet")),
+        ("long_context_agreement", _long_agreement),
+        ("long_context_agreement", _long_sizes),
         (None, _stands("not measured yet")),
         (None, _stands("not measured yet")),
         (None, _stands("not measured yet")),
