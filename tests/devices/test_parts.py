@@ -49,7 +49,9 @@ def test_channels_of_several_sizes_run_on_another_device() -> None:
 
 
 def test_every_filter_is_tried() -> None:
-    assert {config["type"] for config in CONFIGS.values()} == set(_filter._REGISTRY)
+    registered = _filter._REGISTRY.items()  # tests register filters of their own, too
+    ours = {name for name, kind in registered if kind.__module__.startswith("gramian.")}
+    assert {config["type"] for config in CONFIGS.values()} == ours
 
 
 @pytest.mark.parametrize("name", CONFIGS)
