@@ -564,7 +564,13 @@ FIGURES: dict[str, list[Row]] = {
         ("striped_hyena2_memory", _prompt_memory),
         ("striped_hyena2_convert", _converting),
     ],
-    "Distance from the limit": [(None, _stands("not measured yet"))] * 5,
+    "Distance from the limit": [
+        ("limits", _limits("convolution", "1024", "4096", "16384")),
+        ("limits", _limits("decoding", "hyena, batch 1")),
+        ("limits", _limits("decoding", "multi_hyena, batch 1", "multi_hyena, batch 64")),
+        ("limits", _limits("ess")),
+        ("limits", _limits("reduction")),
+    ],
     "Online convolution": [
         ("online_convolution", _online("FFT recomputation")),
         ("online_convolution", _online("dot product")),
