@@ -652,8 +652,8 @@ FIGURES: dict[str, list[Row]] = {
     "Long contexts": [
         ("long_context_agreement", _long_agreement),
         ("long_context_agreement", _long_sizes),
-        (None, _stands("not measured yet")),
-        (None, _stands("not measured yet")),
+        ("long_context_model", _long_model),
+        ("long_context_model", _long_stated),
         (None, _stands("not measured yet")),
     ],
     "Memory at delimiters": [
