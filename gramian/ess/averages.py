@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import scipy.special
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gramian.ess.krylov import NOISE, KrylovSpace, krylov_space, random_signs
 from gramian.ess.measures import size_from_sums
-from gramian.ess.quadrature import Estimate, measure_small
+from gramian.ess.quadrature import BREADTH, Estimate, measure_small
 from gramian.ess.rows import Blocks
 from gramian.ops.threads import work
 
@@ -46,9 +46,6 @@ _CONVERGED = 0.1
 
 _VECTORS = 3
 """The number of random vectors of an accurate estimate."""
-
-_TOGETHER = 2**28
-"""The largest number of bytes of the vectors of all positions that are measured together."""
 
 _SAMPLE = 64
 """The size of the first sample, over all channels."""
@@ -127,7 +124,7 @@ class Channel:
         self.sizes, self.large, self._energies = measure_small(blocks, _EXACT)
         self.ratios = self.sizes.new_zeros(len(self.large))
         rough = range(len(self.large)) if sample is not None else range(0)
-        for group in self._groups(rough, _BREADTH):
+        for group in blocks.groups(rough, _BREADTH):
             numbers = self._take(group)
             signs = random_signs(blocks, _BREADTH, self._generator)
             space = krylov_space(blocks, signs, _DEPTH)
@@ -137,7 +134,7 @@ class Channel:
 
     def extend(self, count: int) -> None:
         """Add accurate estimates, at most `count`, and let go of the rows."""
-        for group in self._groups(self._choose(count), 16):
+        for group in self._blocks.groups(self._choose(count), BREADTH):
             numbers = self._take(group)
             energies = self._energies[numbers]
             estimate = Estimate(self._blocks, energies, self._tolerance, self._generator)
@@ -146,11 +143,6 @@ class Channel:
                 parts = [tail.size, variance, *tail.corrections, tail.systematic]
                 self.found[k] = torch.stack([torch.as_tensor(part) for part in parts])
         self._blocks.forget()
-
-    def _groups(self, some: Sequence[int], width: int) -> list[list[int]]:
-        """Divide some positions so that their vectors fit into memory."""
-        size = max(1, _TOGETHER // (4 * self._blocks.horizon * width))
-        return [[*some[k : k + size]] for k in range(0, len(some), size)]
 
     def _take(self, group: list[int]) -> list[int]:
         """Choose positions, given as places in `large`, and return their numbers."""

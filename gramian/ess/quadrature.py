@@ -29,12 +29,12 @@ from gramian.ess.measures import Measure
 from gramian.ess.rows import Blocks
 from gramian.ess.tails import Leading, Sample, Tail, quadratures
 
-__all__ = ["Estimate", "estimate_sizes", "measure_small"]
+__all__ = ["BREADTH", "Estimate", "estimate_sizes", "measure_small"]
 
 _EXACT = 320
 """A block whose smaller side is at most this is decomposed."""
 
-_BREADTH = 16
+BREADTH = 16
 """The number of vectors in a block of the Krylov space, and of random vectors in a round."""
 
 _DEPTH = 6
@@ -57,9 +57,6 @@ _ROUNDS = 16
 
 _LEAST = 1e-20
 """The least energy of an operator that is not scaled before its products in single precision."""
-
-_TOGETHER = 2**28
-"""The largest number of bytes of the vectors of all positions that are measured together."""
 
 
 def estimate_sizes(
@@ -86,9 +83,7 @@ def estimate_sizes(
     sizes, large, energies = measure_small(blocks, _EXACT)
     result = torch.stack([sizes, torch.zeros_like(sizes)])
     generator = torch.Generator().manual_seed(seed)
-    group = max(1, _TOGETHER // (4 * horizon * _BREADTH))
-    for start in range(0, len(large), group):
-        some = large[start : start + group]
+    for some in blocks.groups(large, BREADTH):
         blocks.choose([positions[p] for p in some])
         result[:, some] = Estimate(blocks, energies[some], tolerance, generator).result()
     return result[0], result[1]
@@ -159,7 +154,7 @@ class Estimate:
     def _deflated(self) -> Leading:
         """Choose the converged triples of a block Krylov space."""
         blocks = self.blocks
-        signs = random_signs(blocks, _BREADTH, self.generator, large=True)
+        signs = random_signs(blocks, BREADTH, self.generator, large=True)
         space = krylov_space(blocks, blocks.to_small(signs), _DEPTH)
         values, W, residual = space.triples()
         largest = values.amax(-1, keepdim=True)
@@ -201,7 +196,7 @@ class Estimate:
         """Return the estimates and the errors, (2, P), float64."""
         count = len(self.positions)
         samples: list[list[Sample]] = [[] for _ in range(count)]
-        active, width, steps = list(range(count)), _BREADTH // 2, None
+        active, width, steps = list(range(count)), BREADTH // 2, None
         for _ in range(_ROUNDS):
             self.blocks.choose([self.positions[p] for p in active])
             for p, sample in zip(active, self._sample(active, width, steps), strict=True):
@@ -217,7 +212,7 @@ class Estimate:
             active = [p for p in active if more[p] > 0]
             if not active:
                 break
-            width = int(more[active].max().clamp(4, _BREADTH))
+            width = int(more[active].max().clamp(4, BREADTH))
         return torch.stack([sizes, errors])
 
     def tails(self, width: int) -> list[Tail]:

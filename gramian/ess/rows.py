@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ __all__ = ["Blocks", "RowOperator"]
 
 _SIDE = 512
 """Largest number of rows and of columns of a tile."""
+
+_TOGETHER = 2**28
+"""The largest number of bytes of the vectors of all positions that are measured together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,11 @@ class Blocks:
         if largest > 0:
             self.rows = lambda rows: entries(rows) / largest
             self.forget()
+
+    def groups(self, some: Sequence[int], width: int) -> list[list[int]]:
+        """Divide positions so that `width` vectors of each fit into memory together."""
+        size = max(1, _TOGETHER // (4 * self.horizon * width))
+        return [[*some[k : k + size]] for k in range(0, len(some), size)]
 
     def forget(self) -> None:
         """Let go of the rows that are kept. They are computed again when they are needed."""
