@@ -118,8 +118,8 @@ def estimated_mean_state_size(
     corrects all others (two-phase sampling; Cochran, *Sampling Techniques*, 1977, chapter 12). More
     blocks are chosen until the error of the mean is within the tolerance. Blocks whose smaller side
     is at most 128 are measured exactly, and if there are few others, all of these get an accurate
-    estimate. This takes a fraction of the time of `estimated_state_size`, which brings every single
-    estimate within the tolerance.
+    estimate. `estimated_state_size` takes longer and brings every single estimate within the
+    tolerance.
 
     Args:
         operator: As in `estimated_state_size`. The channels should be alike, such as the heads of a
