@@ -100,8 +100,13 @@ def _kept_inputs(rows: Callable[[slice], Tensor], places: Places, device: torch.
         device: The device of the rows.
     """
     last = torch.full((places.horizon,), -1, device=device)  # row of the last entry of a column
-    for start in range(0, places.horizon, _ROWS):
+    needed = max(places.positions, default=0)  # later columns are inputs of no position
+    for start in reversed(range(0, places.horizon, _ROWS)):
         stop = min(start + _ROWS, places.horizon)
+        if stop <= min(places.positions, default=stop):
+            break
+        if bool((last[: min(stop, needed)] >= 0).all()):
+            continue  # later rows have entries in all of these columns
         there = rows(slice(start, stop))[:, :stop].tril(start) != 0
         number = torch.arange(start, stop, device=device).unsqueeze(-1)
         last[:stop] = torch.maximum(last[:stop], torch.where(there, number, -1).amax(0))

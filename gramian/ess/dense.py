@@ -10,7 +10,7 @@ block itself are used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ _TOLERANCE = 9e-7
 
 _BATCH = 64
 """Number of spectra that are measured together."""
+
+_BYTES = 2**26
+"""The largest number of bytes of the spectra of several channels that are held at once."""
 
 _COLUMNS = 128
 """The number of columns of a Gram matrix that are computed together, down to the diagonal."""
@@ -54,37 +57,47 @@ def measure_blocks(T: Tensor, positions: list[int], measure: Measure, floor: Ten
     middle = T.shape[-1] // 2
     early = [i for i in reversed(positions) if i <= middle]
     late = [i for i in positions if i > middle]
-    tasks = [(g, half) for g in range(len(T)) for half in (early, late) if half]
     column = {i: c for c, i in enumerate(positions)}
     sizes = torch.zeros(len(T), len(positions), dtype=torch.float64, device=T.device)
 
-    def run(task: tuple[int, list[int]]) -> None:
+    def spectra(task: tuple[int, list[int]]) -> list[tuple[int, int, Tensor]]:
         g, half = task
         grams = _towards_the_start if half is early else _towards_the_end
-        batch: list[int] = []
-        spectra: list[Tensor] = []
-        for i, gram in grams(T[g], half):
-            batch.append(i)
-            spectra.append(torch.linalg.eigvalsh(gram, UPLO="U"))
-            if len(batch) == _BATCH or i == half[-1]:
-                result = _measured(T[g], batch, spectra, measure, floor[g])
-                sizes[g, [column[j] for j in batch]] = result
-                batch, spectra = [], []
+        return [(g, i, torch.linalg.eigvalsh(gram, UPLO="U")) for i, gram in grams(T[g], half)]
 
-    work(run, tasks, T)
+    together = max(1, _BYTES // (8 * max(1, middle) * max(1, len(positions))))
+    for first in range(0, len(T), together):
+        some = range(first, min(first + together, len(T)))
+        tasks = [(g, half) for g in some for half in (early, late) if half]
+        found = [one for part in work(spectra, tasks, T) for one in part]
+        for start in range(0, len(found), _BATCH):
+            channels, at, values = zip(*found[start : start + _BATCH], strict=True)
+            rows, columns = torch.tensor([channels, [column[i] for i in at]])
+            sizes[rows, columns] = _measured(T, channels, at, values, measure, floor)
     return sizes
 
 
 def _measured(
-    T: Tensor, positions: list[int], spectra: list[Tensor], measure: Measure, floor: Tensor
+    T: Tensor,
+    channels: Sequence[int],
+    positions: Sequence[int],
+    spectra: Sequence[Tensor],
+    measure: Measure,
+    floor: Tensor,
 ) -> Tensor:
     """Measure spectra from Gram matrices, or from blocks where necessary: (len(positions))."""
-    eigenvalues = torch.nn.utils.rnn.pad_sequence(spectra, batch_first=True)
+    eigenvalues = torch.nn.utils.rnn.pad_sequence([*spectra], batch_first=True)
+    floor = floor[[*channels]]
     sizes = measure(eigenvalues.clamp_min(0).sqrt(), floor)
     counts = torch.tensor([len(spectrum) for spectrum in spectra], device=floor.device)
     unsafe = measure.unsafe_from_gram(eigenvalues, counts, _TOLERANCE)
-    for k in unsafe.nonzero().flatten().tolist():
-        sizes[k] = measure(singular_values(T, positions[k]), floor)
+    again: list[int] = unsafe.nonzero().flatten().tolist()
+
+    def from_block(k: int) -> Tensor:
+        return measure(singular_values(T[channels[k]], positions[k]), floor[k])
+
+    for k, size in zip(again, work(from_block, again, T), strict=True):
+        sizes[k] = size
     return sizes
 
 

@@ -121,15 +121,20 @@ def test_a_window_keeps_no_more_than_the_window(length: int, window: int) -> Non
         assert tss[:, i].tolist() == [min(i, window - 1, length - 1), i]
 
 
-def test_inputs_that_nothing_reads_any_more_are_not_kept() -> None:
+@pytest.mark.parametrize("rows", [1, 3, 5, 512])
+def test_inputs_that_nothing_reads_any_more_are_not_kept(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gramian.ess.aggregation._ROWS", rows)
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(3, 17, 17, generator=generator)
     matrix = torch.where(torch.rand(matrix.shape, generator=generator) < 0.15, matrix, 0).tril()
-    positions, horizon = [0, 4, 9, 12], 13
-    tss = theoretical_state_size(matrix, positions, horizon=horizon)
-    for g in range(3):
-        for p, i in enumerate(positions):
-            kept = [j for j in range(i) if bool((matrix[g, i:horizon, j] != 0).any())]
-            assert float(tss[g, p]) == len(kept)
-            assert torch.linalg.matrix_rank(matrix[g, i:horizon, :i]) <= len(kept)
+    horizon = 13
+    for positions in ([0, 4, 9, 12], [5, 6], [7], [12]):
+        tss = theoretical_state_size(matrix, positions, horizon=horizon)
+        for g in range(3):
+            for p, i in enumerate(positions):
+                kept = [j for j in range(i) if bool((matrix[g, i:horizon, j] != 0).any())]
+                assert float(tss[g, p]) == len(kept)
+                assert torch.linalg.matrix_rank(matrix[g, i:horizon, :i]) <= len(kept)
     assert theoretical_state_size(torch.zeros(0, 4, 4)).shape == (0, 4)
