@@ -290,9 +290,7 @@ def quality(arguments: argparse.Namespace) -> None:
             "processor seconds of all runs": sum(c["processor seconds"] for c in cells),
             "increase of the loss on text after recovery, half of the states": after,
             "worse than the best of the others beyond their spread": [
-                {key: c[key] for key in reported}
-                for c in comparisons
-                if not c["within spread"]
+                {key: c[key] for key in reported} for c in comparisons if not c["within spread"]
             ],
             "comparisons": comparisons,
             "runs": cells,
