@@ -243,7 +243,7 @@ def test_half_precision_is_trained_in_single_and_comes_back(method: str) -> None
         pytest.importorskip("peft")
     model = mamba2().to(torch.bfloat16)
     model.backbone.embeddings.weight.requires_grad_(False)
-    small, report = gramian.shrink(model, windows(), keep=2, recover=Recovery(40, method, 3e-3))
+    small, report = gramian.shrink(model, windows(), keep=2, recover=Recovery(40, method, 6e-3))
     plain, _ = gramian.shrink(model, windows(), keep=2)
     assert report.recovery.divergence_after < report.recovery.divergence_before
     theirs = {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
