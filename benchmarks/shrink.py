@@ -90,8 +90,8 @@ def run(kind: str, task: Task, seed: int, divisor: int, folder: Path) -> dict[st
     layers = list(find_layers(model))
     chosen_by, held_out = split_windows(windows, seed)
     choices = Choices.of(layers, measure_importance(model, layers, chosen_by), 1)
-    some = chosen_by.first(COMPARED)
-    chooser = Run(model, layers, choices, some, held_out, task.measure)  # as in `shrink`
+    some = chosen_by.first(COMPARED)  # as in `shrink`
+    chooser = Run(model, layers, choices, some, chosen_by, held_out, task.measure)
     generator = torch.Generator().manual_seed(seed)
     steps = max(1, task.steps // divisor)
     recovery = Recovery(
