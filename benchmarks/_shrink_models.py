@@ -90,7 +90,7 @@ class Task:
 
 
 TASKS = {
-    "text": Task("text", 256, 128, 2, 8, 300, 5e-3, 256, 96, "loss", 32, 3e-3),
+    "text": Task("text", 256, 128, 2, 8, 300, 5e-3, 256, 96, "loss", 64, 3e-3),
     "recall": Task("recall", 26, 24, 1, 64, 300, 5e-3, 1024, 512, "accuracy", 64, 5e-3),
 }
 

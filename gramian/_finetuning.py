@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ def finetune_briefly(
     """Train a model in place for a few steps, with AdamW.
 
     The learning rates rise over a tenth of the steps and fall to zero along a cosine. Every tenth
-    window is held out. If the objective on these windows does not improve, the weights are
+    window is held out. The others are drawn without replacement: each is trained on once before one
+    is trained on again. If the objective on these windows does not improve, the weights are
     restored.
 
     Args:
@@ -68,8 +69,8 @@ def finetune_briefly(
     forked = torch.random.fork_rng(devices=devices, device_type=windows.device.type)
     with forked, in_mode(model, training=True):
         torch.manual_seed(seed)
-        for step in range(steps):
-            chosen = torch.randint(len(trained), (batch,), generator=generator)
+        batches = _batches(len(trained), batch, generator)
+        for step, chosen in zip(range(steps), batches, strict=False):
             optimizer.zero_grad()
             objective(trained[chosen.to(trained.device)]).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -88,6 +89,16 @@ def finetune_briefly(
 def held_out(count: int) -> Tensor:
     """Return which of some windows are held out, (count), in `finetune_briefly`."""
     return torch.arange(count) % _HELD_OUT == 1
+
+
+def _batches(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield endless batches of indices, (batch), from one random order of all after the other."""
+    left = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(left) < batch:
+            left = torch.cat([left, torch.randperm(count, generator=generator)])
+        yield left[:batch]
+        left = left[batch:]
 
 
 @torch.no_grad()

@@ -32,8 +32,15 @@ _Model = Annotated[
     ),
 ]
 _Text = Annotated[
-    Path,
+    Path | None,
     typer.Option(help="Text or FASTA file by which states are chosen; losses use a quarter of it."),
+]
+_Labels = Annotated[
+    Path | None,
+    typer.Option(
+        help="JSON lines with input_ids and labels, which alone count; -100 where nothing is to be "
+        "predicted; replaces --text."
+    ),
 ]
 _Keep = Annotated[
     str | None,
@@ -71,8 +78,8 @@ _RecoverSteps = Annotated[
     int,
     typer.Option(
         min=0,
-        help="Number of training steps on --text in which the smaller model learns the "
-        "predictions of the original.",
+        help="Number of training steps in which the smaller model learns the predictions of the "
+        "original on what states are chosen by.",
     ),
 ]
 _Recover = Annotated[
@@ -108,7 +115,8 @@ _RecoverRate = Annotated[
 def shrink(
     model: _Model,
     out: NewFolder,
-    text: _Text,
+    text: _Text = None,
+    labels: _Labels = None,
     keep: _Keep = None,
     max_increase: _MaxIncrease = None,
     per_layer: _PerLayer = False,
@@ -129,6 +137,8 @@ def shrink(
 
     OUT also contains shrinkage.json and shrinkage.png, which show the states, errors and losses.
     """
+    if (text is None) == (labels is None):
+        raise typer.BadParameter("give one of --text and --labels.")
     if (keep is None) == (max_increase is None):
         raise typer.BadParameter("give one of --keep and --max-increase.")
     share = None if keep is None else _kept(keep)
@@ -148,12 +158,17 @@ def shrink(
     if not loaded.can_generate():
         raise UserError(f"{model} is a {type(loaded).__name__}; shrink needs a language model.")
     move_model(loaded, device)
-    documents = _token_ids(model, tokenizer, text)
+    texts: list[Any]
+    if labels is not None:
+        texts = _labelled(labels)
+    else:
+        assert text is not None
+        texts = _token_ids(model, tokenizer, text)
     with staged_directory(out) as stage:
         with running(console, "Shrinking") as bar:
             small, report = shrinking.shrink(
                 loaded,
-                documents,
+                texts,
                 keep=share,
                 max_increase=budget,
                 per_layer=per_layer,
@@ -167,7 +182,8 @@ def shrink(
                 progress=bar,
             )
         small.save_pretrained(stage)
-        tokenizer.save_pretrained(stage)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
         (stage / "shrinkage.json").write_text(report.to_json() + "\n", encoding="utf-8")
         _draw(report, f"{model}, shrunk to {out}", stage / "shrinkage.png")
     finish(console, as_json, report.to_dict(), report, out)
@@ -206,6 +222,22 @@ def _token_ids(model: Path, tokenizer: Any, text: Path) -> list[Tensor]:
         return [from_numpy(encode(document)) for document in read_texts(text)]
     except ValueError as error:
         raise UserError(one_line(error)) from error
+
+
+def _labelled(file: Path) -> list[dict[str, Any]]:
+    """Read rows of token ids and labels from JSON lines."""
+    from gramian.tasks.documents import read_objects
+
+    try:
+        rows = list(read_objects(file))
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    except OSError as error:
+        raise UserError(f"the labels {file} cannot be read: {error.strerror}.") from error
+    if not rows or not rows[0].keys() & {"labels", "shift_labels"}:
+        found = ", ".join(rows[0]) if rows else "no line"
+        raise UserError(f"{file} must hold JSON lines with input_ids and labels; got {found}.")
+    return rows
 
 
 def _draw(report: ShrinkReport, title: str, path: Path) -> None:

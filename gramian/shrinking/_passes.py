@@ -217,6 +217,15 @@ class Scores:
         loss = math.inf if math.isnan(loss) else loss
         return (loss, loss) if measure == "loss" else (1 - float(self.accuracies.mean()), loss)
 
+    def is_close_to(self, other: Scores) -> bool:
+        """Return whether the accuracy is at most two standard errors below that of another model.
+
+        The standard error is that of the mean difference over windows, which are the same for both.
+        """
+        lost = other.accuracies - self.accuracies
+        error = float(lost.std()) / math.sqrt(len(lost)) if len(lost) > 1 else math.inf
+        return float(lost.mean()) <= 2 * error
+
 
 @torch.no_grad()
 def window_scores(model: nn.Module, windows: Windows) -> Scores:

@@ -129,7 +129,8 @@ class ShrinkReport:
             it is the criterion of the one that was best afterwards.
         criteria: the loss of the smaller model by each criterion, on 4,096 tokens of the text by
             which coordinates were chosen; or the share of wrong tokens there, if `choose_by` is
-            "accuracy". They are in ascending order.
+            "accuracy". The best criterion is the first. By accuracy, criteria that are close there
+            were compared again on all of this text.
         choose_by: "loss" or "accuracy", by which criteria were compared.
         labelled: whether labels were given. Then only they count in losses and accuracies.
         layers: one report for every layer whose state could be made smaller.

@@ -119,7 +119,7 @@ def _columns(texts: Any) -> Mapping[str, Any] | None:
     elif hasattr(texts, "column_names"):  # a table of `datasets`
         columns = {name: list(texts[name]) for name in names if name in texts.column_names}
     elif isinstance(texts, Sequence) and len(texts) and isinstance(texts[0], Mapping):
-        columns = {name: [row[name] for row in texts] for name in names if name in texts[0]}
+        columns = {name: _column(name, texts) for name in names if name in texts[0]}
     else:
         return None
     if "input_ids" not in columns:
@@ -127,6 +127,13 @@ def _columns(texts: Any) -> Mapping[str, Any] | None:
     if "labels" in columns and "shift_labels" in columns:
         raise ValueError("give one of labels and shift_labels; got both.")
     return columns
+
+
+def _column(name: str, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    for number, row in enumerate(rows):
+        if name not in row:
+            raise ValueError(f"rows must have the same columns; got no {name} in row {number}.")
+    return [row[name] for row in rows]
 
 
 def _labelled(columns: Mapping[str, Any], context: int) -> Windows:

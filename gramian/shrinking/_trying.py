@@ -31,8 +31,8 @@ class Small:
         layers: its cut layers, by path.
         kept: the coordinates that were kept, (groups, k), by path.
         criterion: how they were chosen.
-        criteria: the loss of every criterion on the windows to choose by, or the share of wrong
-            tokens there, in ascending order.
+        criteria: the loss of every criterion on the first windows to choose by, or the share of
+            wrong tokens there, the best criterion first.
     """
 
     model: Any
@@ -50,7 +50,8 @@ class Run:
         model: the model.
         layers: its layers.
         choices: the sizes and coordinates that can be chosen.
-        chosen_by: windows on which criteria are compared.
+        first: the first of the windows to choose by, on which all criteria are compared.
+        chosen_by: the windows to choose by, on which criteria with close accuracies are compared.
         held_out: windows on which losses are measured.
         measure_by: "loss" or "accuracy", by which criteria are compared.
         scores: what was measured on either, by the windows and the coordinates.
@@ -59,6 +60,7 @@ class Run:
     model: Any
     layers: Sequence[Layer]
     choices: Choices
+    first: Windows
     chosen_by: Windows
     held_out: Windows
     measure_by: str = "loss"
@@ -69,19 +71,24 @@ class Run:
         return self.several(plan, 1)[0]
 
     def several(self, plan: Plan, count: int) -> list[Small]:
-        """Return the models of the best criteria, which keep different coordinates, best first."""
+        """Return the models of the best criteria, which keep different coordinates, best first.
+
+        Few answers cannot tell close accuracies apart. So criteria that are close to the best one
+        on the first windows are compared again on all windows to choose by.
+        """
         candidates = self.choices.candidates(plan)
         built: dict[str, Any] = {}
-        ranks: dict[str, tuple[float, float]] = {}
-        for name, kept in candidates.items():
-            small, scores = self.measure(kept, "chosen_by")
-            ranks[name] = scores.rank(self.measure_by)
-            if small is not None:
-                built[name] = small
-            for worst in sorted(built, key=ranks.__getitem__)[count:]:
-                del built[worst]
+        scores = self._compare(candidates, list(candidates), "first", count, built)
+        ranks = {name: one.rank(self.measure_by) for name, one in scores.items()}
         order = sorted(ranks, key=ranks.__getitem__)
         criteria = {name: ranks[name][0] for name in order}
+        close = [name for name in order if scores[name].is_close_to(scores[order[0]])]
+        alike = all(self._same(candidates[name], candidates[close[0]]) for name in close)
+        if self.measure_by == "accuracy" and not alike and len(self.first) < len(self.chosen_by):
+            again = self._compare(candidates, close, "chosen_by", count, built)
+            close.sort(key=lambda name: again[name].rank(self.measure_by))
+            order = close + [name for name in order if name not in close]
+            criteria = {name: criteria[name] for name in order}
         found: list[Small] = []
         for name in order:
             kept = candidates[name]
@@ -89,6 +96,34 @@ class Run:
                 model, layers = built.get(name) or self._fold(kept)
                 found.append(Small(model, layers, kept, name, criteria))
         return found
+
+    def _compare(
+        self,
+        candidates: Mapping[str, Mapping[str, Tensor]],
+        names: Sequence[str],
+        windows: str,
+        count: int,
+        built: dict[str, Any],
+    ) -> dict[str, Scores]:
+        """Return the scores of some criteria, by name.
+
+        Args:
+            candidates: the coordinates of every criterion, by its name and the layer's path.
+            names: the criteria.
+            windows: "first" or "chosen_by".
+            count: number of models to hold.
+            built: models and layers that were built before, by criterion. It then holds those of
+                the best of these criteria.
+        """
+        scores: dict[str, Scores] = {}
+        for name in names:
+            small, scores[name] = self.measure(candidates[name], windows, built.get(name))
+            if small is not None:
+                built[name] = small
+            ranks = {name: one.rank(self.measure_by) for name, one in scores.items()}
+            for worst in sorted(built.keys() & ranks, key=ranks.__getitem__)[count:]:
+                del built[worst]
+        return scores
 
     def measure(
         self, kept: Mapping[str, Tensor], windows: str, small: Any = None
@@ -99,7 +134,7 @@ class Run:
 
         Args:
             kept: the coordinates, by path.
-            windows: "chosen_by" or "held_out".
+            windows: "first", "chosen_by" or "held_out".
             small: the model and its layers, if it was built before.
         """
         key = (windows, *(str(kept[layer.path].tolist()) for layer in self.layers))

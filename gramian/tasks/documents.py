@@ -39,6 +39,7 @@ __all__ = [
     "is_compressed",
     "is_fasta",
     "read_documents",
+    "read_objects",
     "register_reader",
 ]
 
@@ -221,10 +222,23 @@ def read_documents(
         yield Document(text, name)
 
 
+def read_objects(file: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file of JSON lines, whatever its name.
+
+    Args:
+        file: the file, plain or compressed.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if a line holds no JSON object. The message names the file and the line.
+    """
+    yield from (values for _, values in _json_objects(blocks(file), str(file)))
+
+
 @register_reader(*_JSON_LINES)
 def _texts_under_keys(stream: Iterator[bytes], name: str, column: str) -> Iterator[Document]:
-    text = _with_line_feeds(_decoded(b"".join(stream), name, "strict"))
-    yield from (Document(one, name) for one in _json_lines(text, name, column) if one)
+    objects = _json_objects(stream, name)
+    yield from (Document(one, name) for one in _texts_in(objects, column) if one)
 
 
 def _decoded(content: bytes, name: str, errors: str) -> str:
@@ -284,7 +298,9 @@ def _with_line_feeds(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def _json_lines(text: str, file: str, column: str) -> Iterator[str]:
+def _json_objects(stream: Iterator[bytes], file: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects in JSON lines, with the file and line of each for error messages."""
+    text = _with_line_feeds(_decoded(b"".join(stream), file, "strict"))
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -295,6 +311,11 @@ def _json_lines(text: str, file: str, column: str) -> Iterator[str]:
             raise ValueError(f"{where}: no JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{where}: an object is needed; got {type(values).__name__}.")
+        yield where, values
+
+
+def _texts_in(objects: Iterator[tuple[str, dict[str, Any]]], column: str) -> Iterator[str]:
+    for where, values in objects:
         if column not in values:
             raise ValueError(f"{where}: no {column!r} among {', '.join(map(repr, values))}.")
         if not isinstance(values[column], str):

@@ -89,6 +89,47 @@ def test_shrink_recovers_what_was_lost(workplace: Path, call: Call, method: str)
     assert load(workplace / method).config.mixers[0]["state_size"] == 2
 
 
+def test_shrink_counts_labels_alone(workplace: Path, call: Call) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(259, (12, 20), generator=generator).tolist()
+    lines = [{"input_ids": row, "labels": [-100] * 15 + row[15:]} for row in rows]
+    path = workplace / "labels.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    arguments = "--labels labels.jsonl --keep 0.5 --choose-by accuracy --json"
+    status, out, err = call(f"shrink mamba2 labelled {arguments}", workplace)
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["labelled"] and found["context"] == 20 and found["choose_by"] == "accuracy"
+    assert "label error" in found["criteria"]
+    assert Mamba2ForCausalLM.from_pretrained(workplace / "labelled").config.state_size == 8
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}\n{"input_ids"', "line 2: no JSON"),
+        ("[1, 2]", "line 1: an object is needed; got list"),
+        ("", "must hold JSON lines with input_ids and labels; got no line."),
+        ('{"input_ids": [1, 2], "label": [1, 2]}', "and labels; got input_ids, label."),
+        ('{"labels": [1, 2]}', "need the column input_ids"),
+        ('{"input_ids": ["a", "b"], "labels": [1, 2]}', "input_ids must be integers"),
+        ('{"input_ids": [1, 2], "labels": [1]}', "labels must have the shape of input_ids"),
+        (
+            '{"input_ids": [1, 2], "labels": [1, 2]}\n{"input_ids": [1, 2]}',
+            "rows must have the same columns; got no labels in row 1.",
+        ),
+    ],
+)
+def test_bad_labels_are_refused_in_one_sentence(
+    workplace: Path, call: Call, content: str, message: str
+) -> None:
+    (workplace / "labels.jsonl").write_text(content, encoding="utf-8")
+    code, _, err = call("shrink mamba2 refused --labels labels.jsonl --keep 0.5", workplace)
+    assert code == 1 and message in " ".join(err.split())
+    assert not (workplace / "refused").exists()
+
+
 def test_shrink_projects_states(workplace: Path, call: Call) -> None:
     arguments = "shrink linear projected --text text.txt --keep 3 --projection --context 40 --json"
     status, out, err = call(arguments, workplace)
@@ -104,7 +145,9 @@ def test_shrink_projects_states(workplace: Path, call: Call) -> None:
     [
         ("mamba2 refused --text text.txt", 2, "one of --keep and --max-increase"),
         ("mamba2 refused --text text.txt --keep 0.5 --max-increase 1%", 2, "one of --keep"),
-        ("mamba2 refused --keep 0.5", 2, "--text"),
+        ("mamba2 refused --keep 0.5", 2, "give one of --text and --labels."),
+        ("mamba2 refused --text text.txt --labels x.jsonl --keep 0.5", 2, "one of --text and"),
+        ("mamba2 refused --labels nowhere.jsonl --keep 0.5", 1, "nowhere.jsonl cannot be read"),
         ("mamba2 refused --text text.txt --keep much", 1, "'much'"),
         ("mamba2 refused --text text.txt --keep 150%", 1, "a share between 0 and 1"),
         ("mamba2 refused --text text.txt --keep 0", 1, "a share between 0 and 1"),

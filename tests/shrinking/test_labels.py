@@ -16,8 +16,9 @@ from gramian.shrinking import Recovery
 from gramian.shrinking._choosing import Choices
 from gramian.shrinking._family import find_layers
 from gramian.shrinking._magnitudes import magnitudes
-from gramian.shrinking._passes import measure_importance, window_scores
+from gramian.shrinking._passes import Scores, measure_importance, window_scores
 from gramian.shrinking._texts import Windows, windows_of
+from gramian.shrinking._trying import Run
 
 VOCABULARY = 31
 
@@ -176,7 +177,7 @@ def test_criteria_are_chosen_by_what_is_asked_for() -> None:
     for measure in ("loss", "accuracy"):
         _, report = gramian.shrink(model, texts, keep=2, choose_by=measure)
         assert report.choose_by == measure and report.labelled
-        assert report.criteria[report.criterion] == min(report.criteria.values())
+        assert report.criterion == next(iter(report.criteria))
         assert "label error" in report.criteria and "Right labels" in report.summary
         found[measure] = report
     wrong = found["accuracy"].criteria
@@ -184,6 +185,73 @@ def test_criteria_are_chosen_by_what_is_asked_for() -> None:
     assert 0 <= found["loss"].accuracy_after <= 1
     with pytest.raises(ValueError, match="choose_by must be loss or accuracy; got 'speed'"):
         gramian.shrink(model, texts, keep=2, choose_by="speed")
+
+
+def scores_of(right: list[int], of: int = 4, loss: float = 0.5) -> Scores:
+    """Scores of a model in windows of so many answers."""
+    accuracies = torch.tensor(right, dtype=torch.float64) / of
+    return Scores(torch.full_like(accuracies, loss), accuracies)
+
+
+def test_accuracies_are_close_within_two_standard_errors() -> None:
+    best = scores_of([4, 4, 4, 4, 3, 3, 3, 3])
+    # k windows of 8 lose an answer: k / 8 and its standard error, √(k / 8 (1 - k / 8) / 7).
+    assert scores_of([3, 3, 4, 4, 3, 3, 3, 3]).is_close_to(best)  # 0.25, 0.164
+    assert not scores_of([3, 3, 3, 4, 3, 3, 3, 3]).is_close_to(best)  # 0.375, 0.183
+    assert not scores_of([3, 3, 3, 3, 2, 2, 2, 2]).is_close_to(best)  # 1, 0
+    assert best.is_close_to(scores_of([3] * 8)) and best.is_close_to(best)
+    assert scores_of([0]).is_close_to(scores_of([4]))  # one window has no standard error
+
+
+@pytest.mark.parametrize(
+    ("measure", "count", "expected"),
+    [
+        ("accuracy", 1, ["label error"]),
+        ("accuracy", 4, ["label error", "error", "weights", "label diagonal"]),
+        ("loss", 3, ["label diagonal", "error", "weights"]),
+    ],
+)
+def test_close_accuracies_are_compared_again_on_all_windows(
+    monkeypatch: pytest.MonkeyPatch, measure: str, count: int, expected: list[str]
+) -> None:
+    model, (ids, labels) = model_of("gated_linear_attention"), tokens(24)
+    windows = windows_of({"input_ids": ids, "labels": labels}, None, 8, 10**6)
+    layers = list(find_layers(model))
+    choices = Choices.of(layers, measure_importance(model, layers, windows), 1)
+    plan = {layer.path: 2 for layer in layers}
+    candidates = choices.candidates(plan)
+
+    def name_of(kept: dict[str, Tensor]) -> str:
+        return next(n for n, own in candidates.items() if all(own[p].equal(kept[p]) for p in own))
+
+    assert [name_of(kept) for kept in candidates.values()] == list(candidates)
+    told = {
+        4: {  # "label diagonal" is far from the best accuracy, and so are the last two
+            "error": scores_of([4, 4, 4, 3], loss=0.3),
+            "weights": scores_of([4, 4, 4, 3], loss=0.4),
+            "label error": scores_of([4, 4, 2, 4], loss=0.5),
+            "label diagonal": scores_of([2, 2, 2, 1], loss=0.1),
+            "diagonal": scores_of([1, 1, 1, 0], loss=0.6),
+            "energy": scores_of([1, 1, 1, 0], loss=0.7),
+        },
+        24: {
+            "error": scores_of([4] * 23 + [2]),
+            "weights": scores_of([4] * 23 + [1]),
+            "label error": scores_of([4] * 23 + [3]),
+        },
+    }
+    monkeypatch.setattr(Run, "_fold", lambda _, kept: (name_of(kept), {}))
+    monkeypatch.setattr(
+        "gramian.shrinking._trying.window_scores", lambda name, some: told[len(some)][name]
+    )
+    run = Run(model, layers, choices, windows[:4], windows, windows, measure)
+    found = run.several(plan, count)
+    assert [one.model for one in found] == [one.criterion for one in found] == expected
+    for one in found:
+        assert next(iter(one.criteria)) == expected[0]
+        assert one.criteria["label error"] == (0.5 if measure == "loss" else 0.125)
+    alone = Run(model, layers, choices, windows[:4], windows[:4], windows, "accuracy")
+    assert alone.shrink(plan).criterion == "error"  # there are no other windows
 
 
 def test_a_recovery_trains_on_the_labels_alone() -> None:

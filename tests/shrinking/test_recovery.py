@@ -123,7 +123,7 @@ def test_recovery_brings_predictions_closer_on_text_that_it_does_not_see(
     if method == "lora":
         pytest.importorskip("peft")
     model, plain, before = shrunk(kind)
-    steps = Recovery(40, method, learning_rate=3e-3)
+    steps = Recovery(40, method, learning_rate=6e-3)
     state = torch.get_rng_state()
     small, report = gramian.shrink(model, windows(), keep=2, recover=steps)
     assert torch.equal(torch.get_rng_state(), state)
@@ -138,6 +138,31 @@ def test_recovery_brings_predictions_closer_on_text_that_it_does_not_see(
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
     with torch.no_grad():
         assert torch.equal(again(unseen).logits, small(unseen).logits)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_training_brings_the_last_hidden_states_closer(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plain, _ = shrunk(kind)
+    seen: dict[bool, float] = {}
+
+    def train(net: Any, ids: Tensor, objective: Any, *_: Any, **__: Any) -> tuple[float, float]:
+        for training in (False, True):
+            net.train(training)
+            seen[training] = float(objective(ids[:8]).detach())
+        return 1.0, 0.5
+
+    monkeypatch.setattr("gramian.shrinking._recovery.finetune_briefly", train)
+    small, ids = copy.deepcopy(plain), windows()
+    recover(model, small, list(find_layers(small)), Windows.of(ids), Recovery(1), 0)
+    with torch.no_grad():
+        h, g = (net.get_decoder()(ids[:8]).last_hidden_state for net in (model, plain))
+    error = float((h - g).square().sum() / h.square().sum())
+    assert seen[False] == pytest.approx(divergence(model, plain, ids[:8]), rel=1e-4)
+    assert error > 0.01 and seen[True] - seen[False] == pytest.approx(error, rel=1e-3)
+    readers = [net.get_output_embeddings() for net in (model, small)]
+    assert not any(reader._forward_pre_hooks for reader in readers)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -171,7 +196,7 @@ def test_a_seed_decides_everything(method: str) -> None:
         torch.manual_seed(noise)  # what torch draws otherwise plays no part
         after = torch.rand(())
         torch.manual_seed(noise)
-        steps = Recovery(10, method, learning_rate=3e-3)
+        steps = Recovery(10, method, learning_rate=6e-3)
         recover(model, small, list(find_layers(small)), Windows.of(windows()), steps, seed)
         assert torch.rand(()) == after  # and its own draws stay in the recovery
         found.append(torch.cat([p.detach().flatten() for p in small.parameters()]))
@@ -243,7 +268,7 @@ def test_half_precision_is_trained_in_single_and_comes_back(method: str) -> None
         pytest.importorskip("peft")
     model = mamba2().to(torch.bfloat16)
     model.backbone.embeddings.weight.requires_grad_(False)
-    small, report = gramian.shrink(model, windows(), keep=2, recover=Recovery(40, method, 3e-3))
+    small, report = gramian.shrink(model, windows(), keep=2, recover=Recovery(40, method, 6e-3))
     plain, _ = gramian.shrink(model, windows(), keep=2)
     assert report.recovery.divergence_after < report.recovery.divergence_before
     theirs = {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
