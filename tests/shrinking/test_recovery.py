@@ -123,7 +123,7 @@ def test_recovery_brings_predictions_closer_on_text_that_it_does_not_see(
     if method == "lora":
         pytest.importorskip("peft")
     model, plain, before = shrunk(kind)
-    steps = Recovery(40, method, learning_rate=3e-3)
+    steps = Recovery(20, method, learning_rate=3e-3)
     state = torch.get_rng_state()
     small, report = gramian.shrink(model, windows(), keep=2, recover=steps)
     assert torch.equal(torch.get_rng_state(), state)
@@ -243,7 +243,7 @@ def test_half_precision_is_trained_in_single_and_comes_back(method: str) -> None
         pytest.importorskip("peft")
     model = mamba2().to(torch.bfloat16)
     model.backbone.embeddings.weight.requires_grad_(False)
-    small, report = gramian.shrink(model, windows(), keep=2, recover=Recovery(40, method, 3e-3))
+    small, report = gramian.shrink(model, windows(), keep=2, recover=Recovery(20, method, 3e-3))
     plain, _ = gramian.shrink(model, windows(), keep=2)
     assert report.recovery.divergence_after < report.recovery.divergence_before
     theirs = {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
