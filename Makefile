@@ -17,6 +17,9 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS)
 REQUIREMENTS := pyproject.toml constraints.txt
 # A file's tests stay in one process, where they share what is costly to make.
 PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile
+# Some images of containers turn bytecode off. Without it every worker, and every process that a test
+# starts, compiles the package and the tests again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all coverage lint bench docs wheel clean

@@ -26,7 +26,7 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-FIRST = ("export", "docs", "shrinking")
+FIRST = ("export", "docs", "shrinking", "training")
 """The folders with the files that take longest, though they have few tests."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,11 @@ from gramian.export import ExportedRecurrence
 WIDTH = 6
 
 
-def run_both(target: Any, folder: Path, x: torch.Tensor, time: int, tolerance: float) -> None:
+def run_both(
+    target: Any, run: ExportedRecurrence, x: torch.Tensor, time: int, tolerance: float
+) -> None:
     """Chunk, steps, chunk: the whole of x (batch, …)."""
     recurrence = target.recurrence() if hasattr(target, "recurrence") else target
-    run = ExportedRecurrence(folder, threads=1)
     length = x.shape[time]
     first, second, third = x.split([length // 2, 5, length - length // 2 - 5], dim=time)
     found, state = run.prefill(first.numpy())

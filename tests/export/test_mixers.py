@@ -12,7 +12,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 import gramian
-from gramian.export import export_recurrence
+from gramian.export import ExportedRecurrence, export_recurrence
 from gramian.filters import build
 from gramian.mixers import Block, Hyena, LongConvolution, MultiHyena, SoftmaxAttention
 from tests.export.reference import WIDTH, run_both
@@ -50,7 +50,8 @@ def test_mixers(tmp_path: Path, name: str, kind: str) -> None:
     mixer = mixers()[name].eval()
     report = export_recurrence(mixer, tmp_path / "out", kind, verify=20, threads=1)
     assert report.kind == "mixer" and report.prefill_difference < 1e-4 * report.scale
-    run_both(mixer, tmp_path / "out", torch.randn(2, 150, WIDTH), 1, 2e-5)
+    run = ExportedRecurrence(tmp_path / "out", threads=1)
+    run_both(mixer, run, torch.randn(2, 150, WIDTH), 1, 2e-5)
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -37,6 +37,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "mixer": {"mixers": "multi_hyena", "block": "mixer"},
 }
 
+# Of them, one of each sort of state.
+SOME_KINDS = ("hyena/implicit", "multi_hyena/modal", "s6", "striped")
+
 MakeModel = Callable[..., GramianForCausalLM]
 
 
@@ -72,9 +75,9 @@ def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
     return KINDS[request.param]
 
 
-@pytest.fixture(params=["hyena/implicit", "multi_hyena/modal", "s6", "striped"])
+@pytest.fixture(params=SOME_KINDS)
 def some_kind(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Of them, one of each sort of state."""
+    """What makes a model of one kind of each sort of state."""
     return KINDS[request.param]
 
 

@@ -19,6 +19,7 @@ from gramian.models import (
     GramianForSignalRegression,
 )
 from gramian.models.cache import CACHE, GramianCache
+from tests.models.conftest import KINDS, SOME_KINDS
 
 VOCABULARY = 50
 
@@ -51,7 +52,20 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-7) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
+# Gaps for every kind, and padding at one side for one kind of each sort of state.
+@pytest.mark.parametrize(
+    ("kind", "padding"),
+    [
+        pytest.param(
+            kind,
+            padding,
+            marks=[] if padding == "gap" or kind in SOME_KINDS else [pytest.mark.slow],
+        )
+        for kind in KINDS
+        for padding in PADDINGS
+    ],
+    indirect=["kind"],
+)
 @torch.no_grad()
 def test_prompts_turns_and_steps(make_model: MakeModel, kind: dict[str, Any], padding: str) -> None:
     model = make_model(**kind)
@@ -343,6 +357,12 @@ def test_signals(make_config: Callable[..., GramianConfig], padding: str) -> Non
     close(made.loss, torch.cat(errors).mean())
 
 
+def layers(options: dict[str, Any]) -> int:
+    """One layer of each mixer: layers that are alike are traced one by one."""
+    mixers = options.get("mixers")
+    return len(mixers) if isinstance(mixers, list) else 1
+
+
 slow_sides = pytest.mark.parametrize(
     "padding", ["gap", *(pytest.param(side, marks=pytest.mark.slow) for side in ("left", "right"))]
 )
@@ -350,7 +370,7 @@ slow_sides = pytest.mark.parametrize(
 
 @slow_sides
 def test_compiled_passes(make_model: MakeModel, some_kind: dict[str, Any], padding: str) -> None:
-    model = make_model(**some_kind)
+    model = make_model(**some_kind, num_hidden_layers=layers(some_kind))
     ids, mask = batch(padding)
     expected = model(ids, attention_mask=mask, use_cache=False).logits
     compiled = torch.compile(model, backend="eager")
@@ -365,7 +385,7 @@ def test_compiled_passes(make_model: MakeModel, some_kind: dict[str, Any], paddi
 )
 def test_traced_passes(make_model: MakeModel, options: dict[str, Any], padding: str) -> None:
     """Models of other mixers are traced in `test_hugging_face.py`."""
-    model = make_model(**options)
+    model = make_model(**options, num_hidden_layers=layers(options))
     ids, mask = batch(padding)
     arguments = {"attention_mask": mask, "use_cache": False}
     program = torch.export.export(model, (ids,), arguments, strict=False)

@@ -1,7 +1,6 @@
 """Causal convolution against its definition, the Toeplitz matrix product in float64."""
 
 import multiprocessing
-from itertools import product
 
 import pytest
 import torch
@@ -225,13 +224,11 @@ UNTRACED = ("test_schema", "test_autograd_registration", "test_faketensor")
 TRACED = (*UNTRACED, "test_aot_dispatch_dynamic")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "gated", "save_spectra", "ahead", "others"),
-    [
-        *product([torch.float64], [False, True], [False, True], [0, 2], [UNTRACED]),
-        (torch.float32, True, True, 2, TRACED),
-    ],
-)
+@pytest.mark.pairs
+@pytest.mark.parametrize(("dtype", "others"), [(torch.float64, UNTRACED), (torch.float32, TRACED)])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("save_spectra", [False, True])
+@pytest.mark.parametrize("ahead", [0, 2])
 def test_opcheck(
     dtype: torch.dtype, gated: bool, save_spectra: bool, ahead: int, others: tuple[str, ...]
 ) -> None:

@@ -77,8 +77,8 @@ def test_gradcheck_and_gradgradcheck(poles, batch, length):
         (lambda p, c: vandermonde_product(p, c, length), (p, c)),
         (vandermonde_transpose_product, (p, u)),
     ):
-        assert torch.autograd.gradcheck(function, inputs)
         # Of most lengths in one random direction, in which all entries have part.
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=length == 11)
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=length != 2)
 
 

@@ -14,17 +14,23 @@ from tests.reduction.test_inequalities import kernels
 ROUNDING = 64 * np.finfo(float).eps
 
 
-def dense_kung(kernel, order, tail, dtype):
-    """Kung's method from a dense SVD: ‖h - ĥ‖₂ over the taps, poles and residues rounded to
-    ``dtype``, with what rounding makes of it; and whether the truncation is unique, so that two
-    SVDs agree on it.
-    """
+def dense_svd(kernel, tail):
+    """Left singular vectors and singular values of the Hankel matrix of the taps."""
     taps = kernel[1:]
     if tail == "zero":
         padded, width = np.concatenate([taps, np.zeros(len(taps) - 1)]), len(taps)
     else:
         padded, width = taps, len(taps) // 2 + 1
-    left, values, _ = np.linalg.svd(np.lib.stride_tricks.sliding_window_view(padded, width))
+    hankel = np.lib.stride_tricks.sliding_window_view(padded, width)
+    return np.linalg.svd(hankel, full_matrices=False)[:2]
+
+
+def dense_kung(kernel, left, values, order, dtype):
+    """Kung's method from a dense SVD: ‖h - ĥ‖₂ over the taps, poles and residues rounded to
+    ``dtype``, with what rounding makes of it; and whether the truncation is unique, so that two
+    SVDs agree on it.
+    """
+    taps = kernel[1:]
     rank = int((values > len(values) * np.finfo(float).eps * values[0]).sum())
     if rank == 0:
         return np.linalg.norm(taps), True
@@ -53,10 +59,13 @@ def check_against_dense_kung(families, length, dtype, count, orders, refine):
     kernel = torch.cat([kernels(make, count, length, draw) for make in families.values()]).to(dtype)
     rounding = 1e-8 if dtype == torch.float64 else 1e-6
     compared = 0
-    for tail, order in itertools.product(("zero", "free"), orders):
+    rows = kernel.double().numpy()
+    spectra = {tail: [dense_svd(each, tail) for each in rows] for tail in ("zero", "free")}
+    for tail, order in itertools.product(spectra, orders):
         error = reduce(kernel, order, tail=tail, method=Balanced(refine=refine)).relative_error
-        for k, each in enumerate(kernel.double().numpy()):
-            dense, unique = dense_kung(each, order, tail, torch.empty(0, dtype=dtype).numpy().dtype)
+        for k, each in enumerate(rows):
+            numpy_dtype = torch.empty(0, dtype=dtype).numpy().dtype
+            dense, unique = dense_kung(each, *spectra[tail][k], order, numpy_dtype)
             if unique:
                 compared += 1
                 assert float(error[k]) * np.linalg.norm(each) <= 1.01 * dense + rounding * (

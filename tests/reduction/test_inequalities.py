@@ -144,7 +144,13 @@ def test_hankel_errors_of_exact_reductions_are_rounding_errors(families):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize(
     ("length", "last"),
-    [(130, 31), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((200, 37), (400, 71)))],
+    [
+        (100, 31),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((130, 31), (200, 37), (400, 71))
+        ),
+    ],
 )
 def test_a_fir_kernel_needs_no_more_states_than_taps(dtype, length, last):
     """Its only pole is a multiple one at zero, which modes near a circle stand for."""
@@ -153,7 +159,7 @@ def test_a_fir_kernel_needs_no_more_states_than_taps(dtype, length, last):
     kernel[2, 1:31] = 1
     kernel[3, 1:3] = torch.tensor([1, 0.5])
     close = 5e-4 if dtype == torch.float32 else 2e-6
-    for order in (last, last + 57):
+    for order in (last, last + 40):
         assert float(reduce(kernel, order).relative_error.max()) <= close
     assert bool((reduce(kernel, tol=1e-2).order <= torch.tensor([last, 20, 30, 2])).all())
     assert float(reduce(kernel[3], 2).relative_error) <= 1e-7
@@ -173,10 +179,9 @@ def check_that_errors_do_not_rise(families, length, count, orders, refine):
 @pytest.mark.parametrize(
     ("length", "orders", "refine"),
     [
-        (21, (2, 3, 9, 20), True),
-        (40, (8, 9), True),
-        (63, (1, 2, 7, 8, 16), False),
-        (200, (2, 3, 11, 12, 21), False),
+        (21, (2, 3, 20), True),
+        (63, (7, 8, 16), False),
+        (200, (2, 3, 12, 21), False),
     ],
 )
 def test_errors_do_not_rise_with_the_order(families, length, orders, refine):

@@ -109,16 +109,16 @@ def test_the_free_tail_is_far_better_on_a_smooth_kernel_cut_short():
     assert float(both.relative_error) <= float(free.relative_error) * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("noise", [0.0, 1e-5, 1e-1, 10.0])
 @pytest.mark.parametrize("length", [40, 400])
 @pytest.mark.parametrize("count", [15, pytest.param(150, marks=pytest.mark.slow)])
-def test_bounds_hold_for_many_kernels(smooth_kernel, noise, length, count):
-    kernel = smooth_kernel(count, length, noise)
+def test_bounds_hold_for_many_kernels(smooth_kernel, length, count):
+    kernel = torch.cat([smooth_kernel(count, length, noise) for noise in (0.0, 1e-5, 1e-1, 10.0)])
     for order in (1, 5, 12):
         reduction = reduce(kernel, order)
         check_figures(reduction, kernel)
         assert bool((reduction.order <= order).all())
-        assert float((reduction.order == order).double().mean()) > 0.75  # few are closer below
+        reached = (reduction.order == order).double().unflatten(0, (4, count)).mean(1)
+        assert bool((reached > 0.75).all())  # few are closer below, whatever the noise
         assert bool((reduction.lower_bound >= 0).all())
         missed = reduction.hankel_singular_values[:, order]
         assert bool((missed <= reduction.hankel_error * (1 + 1e-3)).all())

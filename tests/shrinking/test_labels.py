@@ -257,9 +257,9 @@ def test_close_accuracies_are_compared_again_on_all_windows(
 def test_a_recovery_trains_on_the_labels_alone() -> None:
     model, (ids, labels) = model_of("gated_linear_attention"), tokens(64)
     texts = {"input_ids": ids, "labels": labels}
-    small, report = gramian.shrink(model, texts, keep=2, recover=Recovery(30, learning_rate=3e-3))
+    small, report = gramian.shrink(model, texts, keep=2, recover=Recovery(20, learning_rate=3e-3))
     plain, _ = gramian.shrink(model, texts, keep=2)
-    every, _ = gramian.shrink(model, ids, keep=2, recover=Recovery(30, learning_rate=3e-3))
+    every, _ = gramian.shrink(model, ids, keep=2, recover=Recovery(20, learning_rate=3e-3))
     done = report.recovery
     assert done is not None and done.divergence_after < done.divergence_before
     windows = windows_of(texts, None, 8, 10**6)
