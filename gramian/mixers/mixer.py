@@ -5,12 +5,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from gramian.mixers._compiled import CompiledStep
+from gramian.mixers._parts import in_parts, rows_in_cache
 from gramian.mixers.segments import Segments
 from gramian.systems import DenseOperator, Recurrence, State, System, TimeVarying
 
@@ -241,10 +243,20 @@ class Mixer(nn.Module, abc.ABC):
         raise NotImplementedError
 
     def fused(self, z: Tensor, state: State, *long: Any) -> tuple[Tensor, State]:
-        """Call `inner`, in its compiled form if `compile_step` was called."""
+        """Call `inner`, in its compiled form if `compile_step` was called.
+
+        On a CPU, a large state is stepped a few sequences at a time, so that intermediate results
+        stay in cache. This may overwrite `state`.
+        """
         if self.compiled_step is None:
-            return self.inner(z, state, *long)
-        return self.compiled_step(self, z, state, *long)
+            step: Callable[..., tuple[Tensor, State]] = self.inner
+        else:
+            step = partial(self.compiled_step, self)
+        traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        rows = len(z) if z.device.type != "cpu" or traced else rows_in_cache(state, len(z))
+        if rows < len(z):
+            return in_parts(lambda z, state: step(z, state, *long), z, state, rows)
+        return step(z, state, *long)
 
     @property
     def compiles(self) -> bool:
