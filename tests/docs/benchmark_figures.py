@@ -284,6 +284,13 @@ def _shrunk(task: str, model: str, share: float) -> Callable[[Results], str]:
     return text
 
 
+def _pass(r: Results) -> str:
+    seconds, added = r["seconds"], r["bytes added by the sums"] / 2**20
+    return (
+        f"{seconds['pass']:.0f} s, the model alone {seconds['model alone']:.0f} s; {added:.0f} MiB"
+    )
+
+
 def _random_poles(states: int) -> Callable[[Results], str]:
     def text(r: Results) -> str:
         rows = r["1024 taps"]["random poles"]
@@ -610,10 +617,14 @@ FIGURES: dict[str, list[Row]] = {
         ("state_projection", _predicted(16)),
     ],
     "Smaller states of recurrences": [
-        ("shrink", _shrunk(task, model, share))
-        for task in ("text", "recall")
-        for model in ("Mamba2", "Gated DeltaNet", "GLA")
-        for share in (0.5, 0.25)
+        *(
+            ("shrink", _shrunk(task, model, share))
+            for task in ("text", "recall")
+            for model in ("Mamba2", "Gated DeltaNet", "GLA")
+            for share in (0.5, 0.25)
+        ),
+        ("shrink", lambda r: f"{r['wall seconds'] / 60:.0f} minutes"),
+        ("shrink_cost", _pass),
     ],
     "Packed rows": [
         ("packing", _packing("alike")),
