@@ -16,6 +16,16 @@ from gramian.testing import check_filter
 
 CONFIGS = {
     "rtf": {"type": "rtf", "state_size": 5, "num_denominators": 2, "initialization": "montel"},
+    "rtf_published": {
+        "type": "rtf",
+        "state_size": 5,
+        "stability": "montel",
+        "initialization": "uniform",
+        "lr": 1e-4,
+        "direct": "one",
+        "weight_decay": 0.05,
+        "optimizer_scope": "all",
+    },
     "implicit": {"type": "implicit", "hidden": 16, "embedding_features": 5, "shift": 0.1},
     "implicit_published": {
         "type": "implicit",
