@@ -8,6 +8,7 @@ __all__ = [
     "check_choice",
     "check_divides",
     "check_integers",
+    "check_not_negative",
     "check_probability",
     "check_sizes",
 ]
@@ -32,6 +33,17 @@ def check_integers(least: int, /, **values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
+
+
+def check_not_negative(**values: object) -> None:
+    """Raise a ValueError unless every value is a finite number of at least 0.
+
+    Args:
+        values: the values by their names, which the message uses.
+    """
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a finite number of at least 0; got {value!r}.")
 
 
 def check_probability(name: str, value: float) -> float:

@@ -4,8 +4,8 @@ Both models consist of an embedding, prenorm blocks with layer norms, a last lay
 head. A block has a Hyena mixer and an MLP with tanh-GELU and biases. The models differ in three
 points that their configurations do not state. The `shift` of the filter's window is 0.05 in
 HyenaDNA and 0 in safari. HyenaDNA always adds the filter's bias. If the order is above 2, safari
-numbers filters by channel and then by gate, and HyenaDNA by gate and then by channel. The published
-models apply dropout to gated values inside the mixers; Gramian models do not.
+numbers filters by channel and then by gate, and HyenaDNA by gate and then by channel. The dropout
+inside a published layer is `hyena_input_dropout`.
 
 Folders of a fine-tuned HyenaDNA have a linear head `score` in place of the output projection. The
 published `HyenaDNAForSequenceClassification` applies the head to every position and returns the
@@ -231,6 +231,7 @@ class SafariHyena(Format):
             filter=self._filter_config(),
             max_position_embeddings=self.length,
             hyena_order=self.order,
+            hyena_input_dropout=setting(self.layer, "dropout", number, 0.0),
             short_kernel=self.short,
             norm="layer",
             rms_norm_eps=setting(config, "layer_norm_epsilon", number, 1e-5),
@@ -368,6 +369,7 @@ class HyenaDNA(SafariHyena):
             "tie_word_embeddings": config.get("tie_word_embeddings"),
             "layer": {
                 "order": size(config, "hyena_order", 2),
+                "dropout": config.get("hyena_dropout"),
                 "l_max": config["max_seq_len"],
                 "emb_dim": size(config, "emb_dim", 3),
                 "filter_order": size(config, "filter_order", 64),

@@ -3,6 +3,9 @@ r"""Read the published Hyena-RTF, safari's language model with rational filters 
 Two details are easy to miss. First, the direct term of a filter enters twice, in the kernel and as
 the skip of the convolution. So tap 0 is `2 h_0` plus the aliased taps. Second, between the last
 gate and the output projection, `gelu(W norm(y))` maps the channels to 384 features.
+
+All coefficients of a published filter have one learning rate and one weight decay, 1e-3 and 0 if
+the configuration does not give them.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ class HyenaRTF(SafariHyena):
             raise ValueError(
                 f"constraint must be 'no' or 'l1_montel' in filter_args; got {self.constraint!r}."
             )
-        self.lr = setting(arguments, "lr", (int, float), None)
+        self.lr = setting(arguments, "lr", (int, float), 1e-3)
+        self.weight_decay = setting(arguments, "wd", (int, float), 0.0)
         projections = [shape for name, shape in shapes.items() if name.endswith("mimo_proj.weight")]
         self.mimo_size = projections[0][0] if projections else 384
 
@@ -73,6 +77,8 @@ class HyenaRTF(SafariHyena):
             "stability": "none" if self.constraint == "no" else "montel",
             "num_denominators": self.denominators,
             "lr": self.lr,
+            "weight_decay": self.weight_decay,
+            "optimizer_scope": "all",
         }
 
     def _more_config(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gramian._checks import check_not_negative
 from gramian.filters._filter import Filter
 
 __all__ = ["parameter_groups"]
@@ -37,9 +38,7 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"parameter_groups takes a module; got {type(model).__name__}.")
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be a finite number of at least 0; got {value!r}.")
+    check_not_negative(lr=lr, weight_decay=weight_decay)
 
     hints: dict[nn.Parameter, dict[str, float]] = {}
     embeddings: set[Tensor] = set()

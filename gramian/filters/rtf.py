@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from gramian._checks import check_choice
-from gramian.filters._filter import register
+from gramian._checks import check_choice, check_not_negative
+from gramian.filters._filter import check_lr, register
 from gramian.filters._rational import RationalFilter
 from gramian.ops import rational_impulse_response
 from gramian.ops.devices import has_float64
@@ -29,7 +29,9 @@ __all__ = ["RTF"]
 _NUMERATORS = ("truncated", "exact")
 _STABILITIES = ("none", "montel", "schur")
 _PRECISIONS = ("auto", "double", "single")
-_INITIALIZATIONS = ("zeros", "xavier", "montel", "schur")
+_INITIALIZATIONS = ("zeros", "xavier", "montel", "schur", "uniform")
+_DIRECT = ("normal", "one")
+_SCOPES = ("denominators", "all")
 
 _REFLECTION_LIMIT = 1 - 1e-6
 """Reflection coefficients stay below this, so that rounding does not make them 1."""
@@ -49,6 +51,12 @@ class RTF(RationalFilter):
     the exact numerator, so its recurrence computes the convolution that was learned. The attributes
     `form` and `error` of the recurrence say which form it has, and how close it is to the
     convolution.
+
+    The paper and its code differ. The paper starts from the impulse, `a = b = 0` and `h_0 = 1`
+    (sections 3.4 and B.2), and its code from `a = b = 0` and a normal h_0, as this class does by
+    default. The code gives one learning rate and one weight decay to all coefficients of a filter,
+    for which `optimizer_scope` must be "all". By default, `lr` is that of the denominators, which
+    have no weight decay, and the other parameters are trained as the rest of the model.
 
     Args:
         channels: The number of filters.
@@ -70,11 +78,19 @@ class RTF(RationalFilter):
             uniformly within ±1/√n, which can be unstable (not available with "schur"). "montel"
             draws them uniformly within ±1/n, where Montel's bound keeps all poles inside the unit
             circle. "schur" takes the reflection coefficients tanh θ with θ normal of variance 1/n,
-            and b as in "montel".
-        lr: The learning rate of the denominators' parameters; by default that of the model.
+            and b as in "montel". "uniform" is that of the paper's Copying task (section C.3.1): θ,
+            b and a slack s are drawn uniformly from 0 to 1, and `a = θ / (‖θ‖₁ + s)` satisfies
+            Montel's bound.
+        lr: The learning rate of the parameters in `optimizer_scope`; by default that of the model.
         precision: The precision of the transforms. "double" is float64, "single" is float32, and
             "auto" is float64 on devices that have it and float32 on others. Many GPUs compute in
             float64 at a small part of their speed. "single" needs a truncated numerator.
+        direct: How the direct term h_0 is drawn: "normal" draws it from a standard normal
+            distribution, as the published code does, and "one" sets it to 1, as the paper does.
+        weight_decay: The weight decay of the parameters in `optimizer_scope`, whatever that of the
+            model. By default it is 0, since weight decay moves poles.
+        optimizer_scope: The parameters to which `lr` and `weight_decay` apply: those of the
+            "denominators", or "all", with the numerators and the direct terms.
 
     Raises:
         ValueError: if an argument does not have one of the values described here.
@@ -91,6 +107,9 @@ class RTF(RationalFilter):
         initialization: str = "zeros",
         lr: float | None = None,
         precision: str = "auto",
+        direct: str = "normal",
+        weight_decay: float = 0.0,
+        optimizer_scope: str = "denominators",
     ) -> None:
         super().__init__(channels, max_length)
         if not 1 <= state_size < max_length:
@@ -102,12 +121,15 @@ class RTF(RationalFilter):
             ("stability", stability, _STABILITIES),
             ("initialization", initialization, _INITIALIZATIONS),
             ("precision", precision, _PRECISIONS),
+            ("direct", direct, _DIRECT),
+            ("optimizer_scope", optimizer_scope, _SCOPES),
         ):
             check_choice(name, value, accepted)
+        check_not_negative(weight_decay=weight_decay)
         if stability == "schur" and initialization == "xavier":
             raise ValueError(
                 'the initialization "xavier" can be unstable, which stability "schur" cannot hold; '
-                'take "zeros", "montel" or "schur".'
+                'take "zeros", "montel", "schur" or "uniform".'
             )
         if precision == "single" and numerator == "exact":
             raise ValueError(
@@ -124,8 +146,11 @@ class RTF(RationalFilter):
         self.stability = stability
         self.num_denominators = num_denominators
         self.initialization = initialization
-        self.lr = lr
+        self.lr = check_lr(lr)
         self.precision = precision
+        self.direct = direct
+        self.weight_decay = weight_decay
+        self.optimizer_scope = optimizer_scope
         coefficients = nn.Parameter(torch.empty(num_denominators, state_size))
         if stability == "schur":
             self.theta = coefficients
@@ -138,14 +163,18 @@ class RTF(RationalFilter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the coefficients as `initialization` says, and a standard normal direct term."""
+        """Draw the coefficients as `initialization` says, and the direct terms as `direct` says."""
         inside = 1 / self.state_size
-        bounds = {"zeros": 0.0, "xavier": math.sqrt(inside), "montel": inside, "schur": inside}
-        bound = bounds[self.initialization]
+        bounds = {"zeros": 0.0, "xavier": math.sqrt(inside), "uniform": 1.0}
+        high = bounds.get(self.initialization, inside)
+        low = 0.0 if self.initialization == "uniform" else -high
         drawn = torch.empty_like(self.theta if self.stability == "schur" else self.a)
         if self.initialization != "schur":
-            nn.init.uniform_(drawn, -bound, bound)
-            self._set(drawn)
+            nn.init.uniform_(drawn, low, high)
+            if self.initialization == "uniform":
+                self._set_bounded(drawn, nn.init.uniform_(drawn.new_empty(len(drawn))))
+            else:
+                self._set(drawn)
         else:
             nn.init.normal_(drawn, std=math.sqrt(inside))
             if self.stability == "schur":
@@ -153,8 +182,20 @@ class RTF(RationalFilter):
                     self.theta.copy_(drawn)
             else:
                 self._set(step_up(torch.tanh(drawn.double())))
-        nn.init.uniform_(self.b, -bound, bound)
-        nn.init.normal_(self.d)
+        nn.init.uniform_(self.b, low, high)
+        if self.direct == "normal":
+            nn.init.normal_(self.d)
+        else:
+            nn.init.ones_(self.d)
+
+    def _set_bounded(self, theta: Tensor, slack: Tensor) -> None:
+        """Set the denominators to those that Montel's bound makes of θ and a slack."""
+        if self.stability == "montel":
+            with torch.no_grad():
+                self.a.copy_(theta)
+                self.slack.copy_(slack)
+        else:
+            self._set(_bounded(theta.double(), slack))
 
     def _set(self, a: Tensor) -> None:
         """Set the parameters to those of the denominators `a` (num_denominators, n)."""
@@ -222,9 +263,7 @@ class RTF(RationalFilter):
         if self.stability == "schur":
             return step_up(self.reflection(), self._dtype)
         if self.stability == "montel":
-            a = self.a.to(self._dtype)
-            norm = a.abs().sum(-1, keepdim=True)
-            return a / (norm + self.slack.to(a).abs().unsqueeze(-1) + _SLACK)
+            return _bounded(self.a.to(self._dtype), self.slack)
         return self.a.clone()
 
     @torch.no_grad()
@@ -301,13 +340,17 @@ class RTF(RationalFilter):
             "initialization": self.initialization,
             "lr": self.lr,
             "precision": self.precision,
+            "direct": self.direct,
+            "weight_decay": self.weight_decay,
+            "optimizer_scope": self.optimizer_scope,
         }
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
-        """Return no weight decay for the denominators' parameters, since it would move poles."""
-        options = {"weight_decay": 0.0} | ({} if self.lr is None else {"lr": self.lr})
-        dynamics = (name for name, _ in self.named_parameters() if name not in ("b", "d"))
-        return {name: dict(options) for name in dynamics}
+        """Return `weight_decay`, and `lr` if given, for the parameters in `optimizer_scope`."""
+        options = {"weight_decay": self.weight_decay}
+        options |= {} if self.lr is None else {"lr": self.lr}
+        others = () if self.optimizer_scope == "all" else ("b", "d")
+        return {name: dict(options) for name, _ in self.named_parameters() if name not in others}
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Tensor], max_length: int) -> Self:
@@ -364,3 +407,9 @@ class RTF(RationalFilter):
             if scalar is not None:
                 made.slack.copy_(scalar)
         return made
+
+
+def _bounded(theta: Tensor, slack: Tensor) -> Tensor:
+    """Return `θ / (‖θ‖₁ + |slack|)`, denominators (num_denominators, n) of an l1 norm below 1."""
+    norm = theta.abs().sum(-1, keepdim=True)
+    return theta / (norm + slack.to(theta).abs().unsqueeze(-1) + _SLACK)

@@ -83,10 +83,13 @@ class Hyena(ConvolutionMixer):
             factors, the projection is computed in 8-bit floating point (`gramian.ops.fp8`), as the
             published Evo 2 models of 1, 20 and 40 billion parameters require. By default, it is
             computed without 8-bit numbers.
+        input_dropout: Probability of dropping an element of the input of a long convolution, a
+            product of gate and value, in training. It is the `dropout` of the published layer.
 
     Raises:
-        ValueError: if the order is below 2, if `mimo_size` is below 1, if `fp8_scales` are not two
-            positive numbers, or if the filter does not fit.
+        ValueError: if the order is below 2, if a dropout is not a probability below 1, if
+            `mimo_size` is below 1, if `fp8_scales` are not two positive numbers, or if the filter
+            does not fit.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class Hyena(ConvolutionMixer):
         short_bias: bool | None = None,
         out_bias: bool | None = None,
         fp8_scales: Sequence[float] | None = None,
+        input_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if order < 2:
@@ -112,6 +116,7 @@ class Hyena(ConvolutionMixer):
         self.width = width
         self.order = order
         self.kernel_dropout = check_probability("kernel_dropout", kernel_dropout)
+        self.input_dropout = check_probability("input_dropout", input_dropout)
         inner = (order + 1) * width
         self.in_proj: Linear = (
             Linear(width, inner, bias=bias)
@@ -138,6 +143,7 @@ class Hyena(ConvolutionMixer):
         own = {
             "order": self.order,
             "short_kernel": self.short.taps,
+            "input_dropout": self.input_dropout,
             "mimo_size": self.mimo_size,
             "bias": self.in_proj.bias is not None,
             "short_bias": self.short.bias is not None,
@@ -178,12 +184,17 @@ class Hyena(ConvolutionMixer):
         value = for_products(value)
         for n, (gate, system) in enumerate(zip(reversed(gates), systems, strict=True)):
             value = causal_convolution(
-                apply_mask(gate * value, mask),
+                self._drop(apply_mask(gate * value, mask)),
                 self.kernel(system, value),
                 gate=last if n == len(gates) - 1 else None,
                 dim=-2,
             )
         return self.finish(value.to(last.dtype))
+
+    def _drop(self, inputs: Tensor) -> Tensor:
+        if self.training and self.input_dropout > 0:
+            return nn.functional.dropout(inputs, self.input_dropout)
+        return inputs
 
     def make_operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
         length = x.shape[1]

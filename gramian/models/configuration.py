@@ -68,6 +68,8 @@ class GramianConfig(PreTrainedConfig):
             which have no limit either.
         hyena_order: order N of `hyena` mixers, which have N - 1 long convolutions; at least 2.
         short_kernel: number of taps of the mixers' short convolutions.
+        hyena_input_dropout: probability of dropping, in training, an element of the input of a long
+            convolution of `hyena` mixers, as in Hyena-RTF.
         hyena_mimo_size: width of the map across channels before the output projection of `hyena`
             mixers, as in Hyena-RTF. By default, there is no map across channels.
         block: kind of the blocks. `"mlp"` is a mixer and an MLP, each with a norm before it and a
@@ -142,6 +144,7 @@ class GramianConfig(PreTrainedConfig):
     hyena_order: int = 2
     short_kernel: int = 3
     hyena_mimo_size: int | None = None
+    hyena_input_dropout: float = 0.0
     block: str = "mlp"
     norm: str = "rms"
     final_norm: str | None = None
@@ -293,7 +296,7 @@ class GramianConfig(PreTrainedConfig):
             check_choice(name, getattr(self, name), accepted)
         if self.residual_in_fp32 and self.final_norm == "none":
             raise ValueError("residual_in_fp32 needs a final_norm, which ends it; got 'none'.")
-        for name in ("dropout", "embedding_dropout", "kernel_dropout"):
+        for name in ("dropout", "embedding_dropout", "kernel_dropout", "hyena_input_dropout"):
             check_probability(name, getattr(self, name))
         _validate_mixers(self.mixers, self.num_hidden_layers)
         names = [self.mixer_of(layer) for layer in range(self.num_hidden_layers)]

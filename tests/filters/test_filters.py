@@ -16,6 +16,16 @@ from gramian.testing import check_filter
 
 CONFIGS = {
     "rtf": {"type": "rtf", "state_size": 5, "num_denominators": 2, "initialization": "montel"},
+    "rtf_published": {
+        "type": "rtf",
+        "state_size": 5,
+        "stability": "montel",
+        "initialization": "uniform",
+        "lr": 1e-4,
+        "direct": "one",
+        "weight_decay": 0.05,
+        "optimizer_scope": "all",
+    },
     "implicit": {"type": "implicit", "hidden": 16, "embedding_features": 5, "shift": 0.1},
     "implicit_published": {
         "type": "implicit",
@@ -124,7 +134,7 @@ def test_half_precision_leaves_the_dynamics_alone(name):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("max_length", [1, 2, 3, 63, 257])
 def test_awkward_lengths(name, max_length):
-    if name == "rtf" and max_length <= 5:
+    if name.startswith("rtf") and max_length <= 5:
         with pytest.raises(ValueError, match="state_size"):
             make(name, max_length)
         return

@@ -1,12 +1,14 @@
 """RTF: stability by construction, exact numerators, and recurrences that are what was learned."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.signal
 import torch
 
-from gramian import TransferFunction
-from gramian.filters import RTF
+from gramian import TransferFunction, parameter_groups
+from gramian.filters import RTF, build
 from gramian.mixers import LongConvolution
 from gramian.ops.reflection import step_up
 from gramian.systems import LatticeRecurrence
@@ -234,9 +236,14 @@ def test_gradients_reach_the_parameters_of_every_parametrisation() -> None:
         ({"numerator": "improper"}, "'truncated', 'exact'"),
         ({"initialization": "ones"}, "'zeros', 'xavier'"),
         ({"stability": "schur", "initialization": "xavier"}, "unstable"),
+        ({"direct": "two"}, "direct must be one of 'normal', 'one'; got 'two'"),
+        ({"optimizer_scope": "numerators"}, "optimizer_scope must be one of 'denominators', 'all'"),
+        ({"weight_decay": -0.1}, "weight_decay must be a finite number of at least 0; got -0.1"),
+        ({"weight_decay": "1e-2"}, "weight_decay must be a finite number .*; got '1e-2'"),
+        ({"lr": "1e-3"}, "lr must be None or a learning rate .*; got '1e-3'"),
     ],
 )
-def test_bad_options_get_one_sentence(options: dict[str, str], message: str) -> None:
+def test_bad_options_get_one_sentence(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         RTF(4, 4, 20, **options)
     assert "\n" not in str(caught.value)
@@ -246,6 +253,66 @@ def test_a_learning_rate_of_its_own() -> None:
     hints = RTF(4, 4, 20, stability="montel", lr=1e-4).optimizer_hints()
     assert hints == {name: {"weight_decay": 0.0, "lr": 1e-4} for name in ("a", "slack")}
     assert RTF(4, 4, 20).optimizer_hints() == {"a": {"weight_decay": 0.0}}
+
+
+@pytest.mark.parametrize("stability", STABILITIES)
+def test_the_scope_of_learning_rate_and_weight_decay(stability: str) -> None:
+    rtf = RTF(4, 4, 20, stability=stability, weight_decay=0.05)
+    names = {name for name, _ in rtf.named_parameters()}
+    assert rtf.optimizer_hints() == {name: {"weight_decay": 0.05} for name in names - {"b", "d"}}
+    whole = RTF(4, 4, 20, stability=stability, lr=2e-4, weight_decay=0.07, optimizer_scope="all")
+    (group,) = parameter_groups(whole, lr=1.0, weight_decay=1.0)
+    assert {parameter.ndim for parameter in group["params"]} == {1, 2}
+    assert len(group["params"]) == len(names)
+    assert (group["lr"], group["weight_decay"]) == (2e-4, 0.07)
+    (group,) = parameter_groups(RTF(4, 4, 20, optimizer_scope="all"), lr=1.0, weight_decay=1.0)
+    assert (group["lr"], group["weight_decay"]) == (1.0, 0.0)
+
+
+def test_a_direct_term_of_one() -> None:
+    torch.manual_seed(0)
+    rtf = RTF(64, 4, 20, direct="one")
+    impulse = torch.zeros(64, 20, dtype=torch.float64)
+    impulse[:, 0] = 1
+    torch.testing.assert_close(rtf().impulse_response(20), impulse)
+    torch.manual_seed(0)
+    drawn = RTF(64, 4, 20)
+    assert 0.7 < float(drawn.d.detach().std()) < 1.3
+    with torch.no_grad():
+        rtf.d.zero_()
+    rtf.reset_parameters()
+    assert bool((rtf.d == 1).all())
+
+
+@pytest.mark.parametrize("stability", STABILITIES)
+def test_uniform_coefficients_under_montels_bound(stability: str) -> None:
+    torch.manual_seed(0)
+    rtf = RTF(64, 16, 100, stability=stability, initialization="uniform")
+    a, b = rtf.denominator().detach(), rtf.b.detach()
+    assert bool((a > 0).all())
+    # By symmetry, s is 1/17 of ‖θ‖₁ + s on average.
+    remaining = 1 - a.sum(-1)
+    assert 0 < float(remaining.min()) < float(remaining.max()) < 1 / 4
+    assert abs(float(remaining.mean()) - 1 / 17) < 0.01
+    assert float(rtf.spectral_radius().max()) < 1
+    assert 0 <= float(b.min()) < 0.01
+    assert 0.99 < float(b.max()) <= 1
+    assert abs(float(b.mean()) - 0.5) < 0.05
+    if stability == "montel":
+        for drawn in (rtf.a, rtf.slack):
+            assert 0 <= float(drawn.min()) < float(drawn.max()) <= 1
+            assert abs(float(drawn.mean()) - 0.5) < 0.15
+
+
+def test_an_older_configuration_means_what_it_did() -> None:
+    new = {"direct", "weight_decay", "optimizer_scope"}
+    config = RTF(4, 4, 20, lr=1e-3).config()
+    older = {name: value for name, value in config.items() if name not in new}
+    made = build(older)
+    assert made.config() == config
+    assert made.optimizer_hints() == {"a": {"weight_decay": 0.0, "lr": 1e-3}}
+    given = {"direct": "one", "weight_decay": 0.05, "optimizer_scope": "all"}
+    assert build(older | given).config() == config | given
 
 
 def test_something_else_in_place_of_a_state() -> None:

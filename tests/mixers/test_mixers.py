@@ -332,6 +332,40 @@ def test_kernel_dropout_drops_taps_and_keeps_the_mean():
     assert abs(float(mean.mean()) - 1) < 0.02
 
 
+@pytest.mark.parametrize("order", [2, 3])
+def test_input_dropout_is_for_whole_sequences_in_training(order):
+    mixer = make(f"hyena{order}", "implicit")
+    x = torch.randn(2, 30, WIDTH)
+    expected = mixer(x)
+    state = mixer.recurrence().initial_state(2)
+    assert mixer.config()["input_dropout"] == 0.0
+    mixer.input_dropout = 0.5
+    dropped = mixer(x)
+    assert float((dropped - expected).detach().norm() / expected.detach().norm()) > 0.1
+    assert not torch.equal(mixer(x), dropped)
+    close(mixer(x, state)[0], expected)
+    close(mixer.recurrence().prefill(x)[0], expected)
+    mixer.eval()
+    assert torch.equal(mixer(x), expected)
+
+
+def test_input_dropout_drops_inputs_of_the_convolution_and_keeps_their_mean():
+    taps = torch.zeros(WIDTH, MAX_LENGTH)
+    taps[:, 2] = 1  # a delay of two steps, so that every output shows one input
+    mixer = Hyena(WIDTH, {"type": "explicit"}, MAX_LENGTH, short_kernel=1, input_dropout=0.25)
+    with torch.no_grad():
+        mixer.filter.kernel.copy_(taps)
+    mixer.out_proj = torch.nn.Identity()
+    x = torch.randn(50, MAX_LENGTH, WIDTH)
+    with torch.no_grad():
+        dropped = mixer(x)[:, 2:]
+        kept = mixer.eval()(x)[:, 2:]
+    share = (dropped.abs() < 1e-3 * kept.abs()).float().mean()
+    assert abs(float(share) - 0.25) < 0.02
+    decided = (dropped - 4 / 3 * kept).abs() < 1e-3 * kept.abs() + 1e-5
+    assert float(decided.float().mean()) > 0.7
+
+
 def test_past_max_length_a_rational_filter_goes_on_and_an_fir_is_zero():
     x = torch.randn(1, 3 * MAX_LENGTH, WIDTH)
     for filter_name in FILTERS:
@@ -439,6 +473,11 @@ def test_filters_are_replaceable(name):
             lambda: Hyena(12, FILTERS["rtf"], 32, kernel_dropout=-0.1),
             ValueError,
             "kernel_dropout",
+        ),
+        (
+            lambda: Hyena(12, FILTERS["rtf"], 32, input_dropout=1.0),
+            ValueError,
+            "input_dropout must be a probability.*got 1.0",
         ),
         (
             lambda: MultiHyena(12, 3, FILTERS["rtf"], 32, kernel_dropout="much"),

@@ -41,6 +41,11 @@ def test_a_plain_mlp_is_four_times_as_wide() -> None:
         {},
         {"mixers": ["hyena", "multi_hyena"], "num_hidden_layers": 2, "hyena_order": 3},
         {
+            "mixers": "hyena",
+            "hyena_input_dropout": 0.25,
+            "filter": {"type": "rtf", "direct": "one"},
+        },
+        {
             "mixers": ["hyena", "softmax_attention"],
             "num_hidden_layers": 2,
             "filter": [{"type": "implicit"}, None],
@@ -75,6 +80,33 @@ def test_json_round_trip(kwargs: dict[str, Any], tmp_path: Path) -> None:
         assert (read.mixers, read.filter) == (config.mixers, config.filter)
         assert read.attention == config.attention
         assert (read.num_labels, read.problem_type) == (config.num_labels, config.problem_type)
+
+
+def test_options_of_hyena_and_its_filters_are_saved_and_older_files_load(tmp_path: Path) -> None:
+    given = {"direct": "one", "weight_decay": 0.05, "optimizer_scope": "all", "lr": 1e-3}
+    config = GramianConfig(
+        hidden_size=8,
+        num_hidden_layers=1,
+        mixers="hyena",
+        hyena_input_dropout=0.25,
+        filter={"type": "rtf", "state_size": 3, **given},
+    )
+    model = GramianForCausalLM(config)
+    model.save_pretrained(tmp_path)
+    mixer = GramianForCausalLM.from_pretrained(tmp_path).model.layers[0].mixer
+    assert mixer.input_dropout == 0.25
+    assert mixer.filter.config() == model.model.layers[0].mixer.filter.config()
+    assert mixer.filter.config().items() >= given.items()
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    values.pop("hyena_input_dropout")
+    values["filter"] = {"type": "rtf", "state_size": 3, "lr": 1e-3}
+    file.write_text(json.dumps(values))
+    older = GramianForCausalLM.from_pretrained(tmp_path).model.layers[0].mixer
+    assert older.input_dropout == 0.0
+    assert older.filter.optimizer_hints() == {"a": {"weight_decay": 0.0, "lr": 1e-3}}
+    for name, parameter in older.named_parameters():
+        assert parameter.equal(mixer.get_parameter(name))
 
 
 def test_per_layer_lists_are_read_by_layer() -> None:
@@ -129,6 +161,7 @@ def test_reading_a_filter_gives_a_copy() -> None:
         ({"hyena_mimo_size": 0}, "hyena_mimo_size must be an integer of at least 1; got 0"),
         ({"pooling": "max"}, "pooling must be one of 'mean', 'last'; got 'max'"),
         ({"dropout": 1.0}, "dropout must be a probability.*; got 1.0"),
+        ({"hyena_input_dropout": 1}, "hyena_input_dropout must be a probability.*; got 1"),
         ({"kernel_dropout": "some"}, "kernel_dropout must be a probability.*; got 'some'"),
         ({"input_size": 0}, "input_size must be an integer of at least 1; got 0"),
         (
