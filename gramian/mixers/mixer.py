@@ -253,9 +253,11 @@ class Mixer(nn.Module, abc.ABC):
         else:
             step = partial(self.compiled_step, self)
         traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        rows = len(z) if z.device.type != "cpu" or traced else rows_in_cache(state, len(z))
-        if rows < len(z):
-            return in_parts(lambda z, state: step(z, state, *long), z, state, rows)
+        if z.device.type == "cpu" and not traced:  # a trace would keep the size of this batch
+            batch = len(z)
+            rows = rows_in_cache(state, batch)
+            if rows < batch:
+                return in_parts(lambda z, state: step(z, state, *long), z, state, rows)
         return step(z, state, *long)
 
     @property
