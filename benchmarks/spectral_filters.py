@@ -15,7 +15,7 @@ All errors are relative l2 errors.
 
     python benchmarks/spectral_filters.py [--taps N …] [--channels N] [--output PATH]
 
-1,024 taps take two minutes on one core, and 8,192 taps much longer.
+Both lengths take a few minutes on one core.
 """
 
 import argparse

@@ -67,7 +67,7 @@ def finetune_briefly(
         progress(0, steps)
     devices = [windows.device] if windows.device.type != "cpu" else []
     forked = torch.random.fork_rng(devices=devices, device_type=windows.device.type)
-    with forked, in_mode(model, training=True):
+    with forked, in_mode(model, training=True), torch.enable_grad():
         torch.manual_seed(seed)
         batches = _batches(len(trained), batch, generator)
         for step, chosen in zip(range(steps), batches, strict=False):

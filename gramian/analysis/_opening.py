@@ -11,6 +11,18 @@ from gramian.analysis._gguf import open_gguf
 
 __all__ = ["open_model"]
 
+_TOKENIZERS = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Files of which a folder with a tokenizer has one. Without them, transformers makes an empty one
+for some classes of models.
+"""
+
 
 def open_model(
     name: str | Path, *, progress: Callable[[int, int], None] | None = None
@@ -58,12 +70,15 @@ def open_model(
     if local and not (path / "config.json").is_file():
         raise ValueError(describe_missing(path))
     model = _open_foreign(name, local)
+    missing = OSError(
+        f"{name} has no tokenizer that can be read; save it there by its save_pretrained."
+    )
+    if local and not any((path / file).is_file() for file in _TOKENIZERS):
+        raise missing
     try:
         return model, AutoTokenizer.from_pretrained(name, local_files_only=local)
     except ValueError as error:  # its message lists formats that tokenizers are converted from
-        raise OSError(
-            f"{name} has no tokenizer that can be read; save it there by its save_pretrained."
-        ) from error
+        raise missing from error
 
 
 def _open_foreign(name: str | Path, local: bool) -> Any:

@@ -191,7 +191,7 @@ def shrink(
 
 def _kept(text: str) -> float | int:
     """Return the number of states that a text such as "32" means, or the share of "0.5"."""
-    if text.isdigit():
+    if text.isdecimal():
         return int(text)
     return fraction("--keep", text)
 

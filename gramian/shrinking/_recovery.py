@@ -136,7 +136,8 @@ def recover_best(
         progress: a function that is called as `progress(steps done, all steps)`.
 
     Returns:
-        The index of the best model, and its divergences as `recover` returns them.
+        The index of the best model, and its divergences as `recover` returns them. If no recovery
+        helped, it is the first model.
 
     Raises:
         ValueError: as `recover` does.
@@ -151,7 +152,8 @@ def recover_best(
 
         cut = list(one.layers.values())
         found.append(recover(original, one.model, cut, windows, recovery, seed, told))
-    if len(models) == 1:
+    helped = any(after < before for before, after in found)
+    if len(models) == 1 or not helped:
         return 0, found[0]
     kept_out = windows[held_out(len(windows))]
     ranks = [window_scores(one.model, kept_out).rank(measure) for one in models]
@@ -269,7 +271,7 @@ def _linear_maps(model: Any, layers: Sequence[Layer]) -> list[str]:
     """Return the paths of the linear maps that low-rank changes can be merged into.
 
     A weight in several places is left out, since it would change in all of them, and so are the
-    maps that fused kernels read without calling them.
+    maps that fused kernels read without calling them. Frozen weights stay as they are.
     """
     places: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
@@ -284,4 +286,5 @@ def _linear_maps(model: Any, layers: Sequence[Layer]) -> list[str]:
         and module is not output
         and path not in fused
         and places[id(module.weight)] == 1
+        and module.weight.requires_grad
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,13 @@ from gramian.shrinking._projection import Projection
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["LayerShrinkage", "ShrinkRecovery", "ShrinkReport", "ShrinkTrial"]
+__all__ = [
+    "LayerShrinkage",
+    "ShrinkRecovery",
+    "ShrinkReport",
+    "ShrinkTrial",
+    "relative_increase",
+]
 
 _COLUMNS = ("layer", "mixer", "groups", "states", "predicted", "projected", "measured", "output")
 _GIB = 2**30
@@ -138,10 +145,12 @@ class ShrinkReport:
         tokens: number of tokens by which coordinates were chosen.
         held_out_tokens: number of other tokens on which losses were measured.
         context: number of tokens of a window.
-        loss_before: mean cross-entropy of the original model on the held-out text, in nats.
+        loss_before: cross-entropy of the original model on the held-out text, in nats: the mean
+            over windows of the mean over their tokens, or over their labels.
         loss_after: mean cross-entropy of the smaller model there, before a recovery.
         standard_error: standard error of the difference of both, over windows; NaN for one window.
-        accuracy_before: share of the tokens of the held-out text that the original model predicts.
+        accuracy_before: share of the tokens of the held-out text, or of its labels, that the
+            original model predicts, as a mean over windows.
         accuracy_after: the same for the smaller model, before a recovery.
         original_state_bytes: bytes that the original model stores for one sequence of `context`
             tokens, keys and values of attention included.
@@ -183,7 +192,7 @@ class ShrinkReport:
 
         It is that before a recovery, whose own report has the increase after it.
         """
-        return self.loss_after / self.loss_before - 1
+        return relative_increase(self.loss_before, self.loss_after)
 
     @property
     def states(self) -> tuple[int, int]:
@@ -278,10 +287,17 @@ class ShrinkReport:
         return words + ("." if done is None else f", {done.accuracy:.2%} after the recovery.")
 
     def _change(self, increase: float, error: float) -> str:
-        known = error == error  # NaN is not equal to itself
+        known = math.isfinite(error) and self.loss_before > 0
         return f"{increase:+.3%}" + (
             f", standard error {error / self.loss_before:.3%}" if known else ""
         )
+
+
+def relative_increase(before: float, after: float) -> float:
+    """Return the increase of a loss, relative to the loss before, which may be 0."""
+    if before == 0:
+        return 0.0 if after == 0 else math.inf
+    return after / before - 1
 
 
 def _row(layer: LayerShrinkage) -> tuple[str, ...]:

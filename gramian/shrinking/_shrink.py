@@ -25,7 +25,13 @@ from gramian.shrinking._passes import (
 )
 from gramian.shrinking._projection import Prediction, empty_gramians, predict
 from gramian.shrinking._recovery import Recovery, as_recovery, check_windows, recover_best
-from gramian.shrinking._report import LayerShrinkage, ShrinkRecovery, ShrinkReport, ShrinkTrial
+from gramian.shrinking._report import (
+    LayerShrinkage,
+    ShrinkRecovery,
+    ShrinkReport,
+    ShrinkTrial,
+    relative_increase,
+)
 from gramian.shrinking._state_bytes import state_bytes
 from gramian.shrinking._texts import Windows, split_windows, windows_of
 from gramian.shrinking._trying import MEASURES, Run, Small, search
@@ -139,6 +145,7 @@ def shrink(
     training = model.training
     model.eval()
     try:
+        original_bytes = state_bytes(model, windows.ids[0])
         importance, prediction = _measure(model, layers, chosen_by, projection, progress)
         choices = Choices.of(layers, importance, multiple)
         some = chosen_by.first(_COMPARED)
@@ -158,7 +165,8 @@ def shrink(
                 model, models, chosen_by, recovery, seed, choose_by, progress
             )
             scores = window_scores(models[best].model, held_out)
-            recovered = _report_recovery(recovery, divergences, scores, before)
+            done = dataclasses.replace(recovery, candidates=len(models))
+            recovered = _report_recovery(done, divergences, scores, before)
         small, after = models[best], afters[best]
         report = ShrinkReport(
             keep=keep,
@@ -183,7 +191,7 @@ def shrink(
             standard_error=_standard_error(after.losses - before.losses),
             accuracy_before=float(before.accuracies.mean()),
             accuracy_after=float(after.accuracies.mean()),
-            original_state_bytes=state_bytes(model, windows.ids[0]),
+            original_state_bytes=original_bytes,
             shrunk_state_bytes=state_bytes(small.model, windows.ids[0]),
             trials=tuple(trials),
             seconds=time.perf_counter() - started,
@@ -261,7 +269,7 @@ def _report_recovery(
         divergence_before=divergences[0],
         divergence_after=divergences[1],
         loss=float(after.losses.mean()),
-        increase=float(after.losses.mean() / before.losses.mean()) - 1,
+        increase=relative_increase(float(before.losses.mean()), float(after.losses.mean())),
         standard_error=_standard_error(after.losses - before.losses),
         accuracy=float(after.accuracies.mean()),
     )

@@ -13,11 +13,22 @@ __all__ = ["state_bytes"]
 
 @torch.no_grad()
 def state_bytes(model: Any, window: Tensor) -> int:
-    """Return the bytes of the cache after a window, (length): states, keys and values."""
+    """Return the bytes of the cache after a window, (length): states, keys and values.
+
+    Raises:
+        ValueError: if the model cannot run with a cache.
+    """
     own = getattr(model, "state_bytes", None)
     if own is not None:
         return int(own(1, len(window)))
-    output = model(window[None].to(model.device), use_cache=True)
+    try:
+        output = model(window[None].to(model.device), use_cache=True)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"shrink needs a model that runs with a cache; this {type(model).__name__} does not: "
+            f"{reason}"
+        ) from error
     cache = getattr(output, "past_key_values", None)
     if cache is None:
         cache = getattr(output, "cache_params", None)

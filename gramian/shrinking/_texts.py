@@ -22,6 +22,7 @@ from gramian.tasks.windows import cut_windows
 __all__ = ["Windows", "split_windows", "windows_of"]
 
 _HELD_OUT = 4  # one window of so many is held out
+_LOST = 0.25  # the largest share of labels that windows may lose
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ def _columns(texts: Any) -> Mapping[str, Any] | None:
     elif hasattr(texts, "column_names"):  # a table of `datasets`
         columns = {name: list(texts[name]) for name in names if name in texts.column_names}
     elif isinstance(texts, Sequence) and len(texts) and isinstance(texts[0], Mapping):
-        columns = {name: _column(name, texts) for name in names if name in texts[0]}
+        columns = {
+            name: _column(name, texts) for name in names if any(name in row for row in texts)
+        }
     else:
         return None
     if "input_ids" not in columns:
@@ -154,8 +157,20 @@ def _labelled(columns: Mapping[str, Any], context: int) -> Windows:
     if not cut:
         return Windows.of(ids)
     answers = cut["shift_labels"] if "shift_labels" in cut else _shifted(cut["labels"])
+    _check_kept(answers, rows.get("shift_labels") or [row[1:] for row in rows["labels"]], context)
     due = (answers != IGNORED).any(1)
     return Windows(ids[due], answers[due], labelled=True)
+
+
+def _check_kept(answers: Tensor, rows: Sequence[Tensor], context: int) -> None:
+    """Raise a ValueError if windows lose more than a quarter of the labels of their rows."""
+    given = sum(int((row != IGNORED).sum()) for row in rows)
+    lost = given - int((answers != IGNORED).sum())
+    if lost > _LOST * given:
+        raise ValueError(
+            f"the rows are cut to windows of {context} tokens, the context, which lose {lost} of "
+            f"{given} labels; give rows of one length, which are windows themselves."
+        )
 
 
 def _rows(name: str, column: Any) -> list[Tensor]:

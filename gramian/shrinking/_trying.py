@@ -13,7 +13,7 @@ from gramian.shrinking._choosing import Choices, Plan, count_within
 from gramian.shrinking._family import Layer
 from gramian.shrinking._folding import fold
 from gramian.shrinking._passes import Scores, window_scores
-from gramian.shrinking._report import ShrinkTrial
+from gramian.shrinking._report import ShrinkTrial, relative_increase
 from gramian.shrinking._texts import Windows
 
 __all__ = ["MEASURES", "Run", "Small", "search"]
@@ -177,14 +177,14 @@ def search(
 
     def greedy(at: int) -> bool:
         _, scores = run.measure(run.choices.candidates(plans[at])["error"], "held_out")
-        return float(scores.losses.mean()) / whole - 1 <= max_increase
+        return relative_increase(whole, float(scores.losses.mean())) <= max_increase
 
     def within(at: int) -> bool:
         small = run.shrink(plans[at])
         _, scores = run.measure(small.kept, "held_out", (small.model, small.layers))
         loss = float(scores.losses.mean())
         states = sum(layer.shape.groups * layer.shape.states for layer in small.layers.values())
-        trials.append(ShrinkTrial(states, loss, loss / whole - 1))
+        trials.append(ShrinkTrial(states, loss, relative_increase(whole, loss)))
         return trials[-1].increase <= max_increase  # NaN is not within the budget
 
     count = count_within(len(plans), within, guess=count_within(len(plans), greedy))

@@ -76,8 +76,9 @@ def test_a_missing_package_of_quantized_weights_is_named(tmp_path: Path, setting
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_folder_without_a_tokenizer_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "model", "llama", AutoModelForCausalLM)
+@pytest.mark.parametrize("kind", ["llama", "mamba"])  # transformers makes one for Mamba
+def test_a_folder_without_a_tokenizer_is_refused_in_one_sentence(kind: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", kind, AutoModelForCausalLM)
     with pytest.raises(OSError, match="has no tokenizer that can be read") as error:
         open_model(folder)
     assert len(str(error.value).splitlines()) == 1

@@ -225,7 +225,7 @@ def _order(order: int) -> Callable[[Results], str]:
 
 def _spectral(name: str, tolerance: float) -> Callable[[Results], str]:
     def text(r: Results) -> str:
-        rows = r["1024 taps"][name]
+        rows = r["8192 taps"][name]
         (row,) = [row for row in rows if row["tolerance"] == tolerance]
         return f"{row['order']['mean']:.1f} on average, at most {row['order']['max']}"
 
@@ -293,7 +293,7 @@ def _pass(r: Results) -> str:
 
 def _random_poles(states: int) -> Callable[[Results], str]:
     def text(r: Results) -> str:
-        rows = r["1024 taps"]["random poles"]
+        rows = r["8192 taps"]["random poles"]
         (row,) = [row for row in rows if row["states"] == states]
         return f"{row['relative error']:.0e}"
 

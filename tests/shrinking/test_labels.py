@@ -317,3 +317,41 @@ def test_magnitudes_are_the_squares_that_a_cut_removes(kind: str) -> None:
                 removed = left(whole) - left(kept)  # what j has more than the last coordinate
                 expected = float(found[group, j] - found[group, n - 1])
                 assert removed == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_loss_of_zero_can_be_reported() -> None:
+    """A model may predict all labels with certainty."""
+    model, (ids, _) = model_of("gated_linear_attention"), tokens()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e9)
+        answers = model(ids).logits.argmax(-1)
+    texts = {"input_ids": ids, "shift_labels": answers}
+    _, report = gramian.shrink(model, texts, keep=5, choose_by="accuracy", recover=1)
+    assert report.loss_before == 0 and report.recovery is not None
+    assert report.increase == (0 if report.loss_after == 0 else float("inf"))
+    assert "nats before" in str(report) and report.to_json()
+
+
+def test_rows_that_lose_their_labels_are_refused() -> None:
+    ids, labels = tokens(10, 24)
+    rows = [
+        {"input_ids": ids[k, : 14 + k].tolist(), "labels": labels[k, : 14 + k].tolist()}
+        for k in range(10)
+    ]
+    with pytest.raises(ValueError, match=r"windows of 16 tokens, the context, which lose \d+ of"):
+        windows_of(rows, None, 16, 10**6)
+    late = torch.full((1000,), -100)
+    late[-4:] = 3
+    with pytest.raises(ValueError, match="lose 4 of 4 labels"):
+        windows_of({"input_ids": torch.zeros(1000).long(), "labels": late}, None, 300, 10**6)
+    whole = {"input_ids": ids.flatten(), "labels": ids.flatten()}
+    assert len(windows_of(whole, None, 24, 10**6)) == 10  # the first of each window is lost
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_labels_are_those_of_all_rows(first: bool) -> None:
+    ids, labels = tokens(4)
+    rows = [{"input_ids": i, "labels": j} for i, j in zip(ids, labels, strict=True)]
+    rows[0 if first else 2] = {"input_ids": ids[0]}
+    with pytest.raises(ValueError, match="got no labels in row"):
+        windows_of(rows, None, 8, 10**6)

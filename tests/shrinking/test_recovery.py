@@ -315,3 +315,32 @@ def test_recoveries_that_cannot_train_are_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="adapters need peft"):
         gramian.shrink(model, windows(8), keep=4, recover=Recovery(1, "lora"))
+
+
+def test_lora_leaves_frozen_weights() -> None:
+    pytest.importorskip("peft")
+    model = ours()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("out_proj" not in name and "mlp" not in name)
+    recovery = Recovery(4, "lora", 1e-3)
+    small, _ = gramian.shrink(model, windows(), keep=2, recover=recovery)
+    trained = dict(small.named_parameters())
+    for name, parameter in model.named_parameters():
+        if "mlp" in name:
+            assert torch.equal(trained[name], parameter), name
+            assert not trained[name].requires_grad
+
+
+def test_a_recovery_runs_where_no_gradients_are_recorded() -> None:
+    model, _, _ = shrunk("mamba2")
+    with torch.no_grad():
+        _, report = gramian.shrink(model, windows(), keep=2, recover=2)
+    assert report.recovery is not None
+
+
+def test_the_first_criterion_stays_if_no_recovery_helps() -> None:
+    model, _, _ = shrunk("mamba2")
+    recovery = Recovery(1, candidates=99, learning_rate=1e30)
+    _, report = gramian.shrink(model, windows(), keep=2, recover=recovery)
+    assert report.criterion == next(iter(report.criteria))
+    assert report.recovery.candidates <= len(report.criteria)
