@@ -11,16 +11,9 @@ from gramian.analysis._gguf import open_gguf
 
 __all__ = ["open_model"]
 
-_TOKENIZERS = (
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-)
-"""Files of which a folder with a tokenizer has one. Without them, transformers makes an empty one
-for some classes of models.
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+"""Patterns of files of which a folder with a tokenizer has one. Without them, transformers makes an
+empty one for some classes of models.
 """
 
 
@@ -73,7 +66,7 @@ def open_model(
     missing = OSError(
         f"{name} has no tokenizer that can be read; save it there by its save_pretrained."
     )
-    if local and not any((path / file).is_file() for file in _TOKENIZERS):
+    if local and not any(any(path.glob(pattern)) for pattern in _TOKENIZERS):
         raise missing
     try:
         return model, AutoTokenizer.from_pretrained(name, local_files_only=local)

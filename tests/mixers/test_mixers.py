@@ -299,13 +299,20 @@ def test_bidirectional_has_no_recurrence():
         assert "\n" not in str(caught.value)
 
 
-@every_mixer
-def test_kernel_dropout_is_for_whole_sequences_in_training(name):
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        *((name, "kernel_dropout") for name in MIXERS),
+        *((name, "input_dropout") for name in MIXERS if name.startswith("hyena")),
+    ],
+)
+def test_dropout_is_for_whole_sequences_in_training(name, option):
     mixer = make(name, "implicit")
     x = torch.randn(2, 30, WIDTH)
     expected = mixer(x)
     state = mixer.recurrence().initial_state(2)
-    mixer.kernel_dropout = 0.5
+    assert mixer.config()[option] == 0.0
+    setattr(mixer, option, 0.5)
     dropped = mixer(x)
     assert float((dropped - expected).detach().norm() / expected.detach().norm()) > 0.1
     assert not torch.equal(mixer(x), dropped)
@@ -330,23 +337,6 @@ def test_kernel_dropout_drops_taps_and_keeps_the_mean():
         assert float((kept | dropped).float().mean()) > 0.9  # a tap near zero decides nothing
         mean += ratio.clamp(0, 4 / 3) / 400
     assert abs(float(mean.mean()) - 1) < 0.02
-
-
-@pytest.mark.parametrize("order", [2, 3])
-def test_input_dropout_is_for_whole_sequences_in_training(order):
-    mixer = make(f"hyena{order}", "implicit")
-    x = torch.randn(2, 30, WIDTH)
-    expected = mixer(x)
-    state = mixer.recurrence().initial_state(2)
-    assert mixer.config()["input_dropout"] == 0.0
-    mixer.input_dropout = 0.5
-    dropped = mixer(x)
-    assert float((dropped - expected).detach().norm() / expected.detach().norm()) > 0.1
-    assert not torch.equal(mixer(x), dropped)
-    close(mixer(x, state)[0], expected)
-    close(mixer.recurrence().prefill(x)[0], expected)
-    mixer.eval()
-    assert torch.equal(mixer(x), expected)
 
 
 def test_input_dropout_drops_inputs_of_the_convolution_and_keeps_their_mean():
