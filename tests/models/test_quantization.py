@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, QuantoConfig, TorchAoConfig
 from gramian import distill
 from gramian.checking import check
 from gramian.export import export_model
-from gramian.models import GramianConfig, GramianForCausalLM, load, load_any
+from gramian.models import ByteTokenizer, GramianConfig, GramianForCausalLM, load, load_any
 from gramian.ops.packed import Linear
 
 MakeConfig = Callable[..., GramianConfig]
@@ -273,6 +274,68 @@ def test_some_tools_need_weights_that_are_not_quantized(base: Path, tmp_path: Pa
         check(model)
     with pytest.raises(ValueError, match="got a quantized model: quantize the exported ONNX"):
         export_model(model, tmp_path / "exported")
+
+
+def test_an_adapter_of_a_quantized_base_is_refused(base: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    quantized(base, tmp_path / "small")
+    lora = peft.LoraConfig(r=2, target_modules=["in_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(load(base), lora).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(values | {"base_model_name_or_path": str(tmp_path / "small")}))
+    with pytest.raises(ValueError, match="weights of its base model are quantized, and would"):
+        load(tmp_path / "adapter")
+
+
+def test_a_quantized_model_is_not_trained(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    from gramian.training import parse_config, train
+    from gramian.training.configuration import ConfigError
+
+    quantized(base, tmp_path / "small")
+    config = parse_config(
+        {
+            "output": str(tmp_path / "run"),
+            "task": {"name": "mqar", "length": 16, "pairs": 2, "vocab_size": 32},
+            "model": {"path": str(tmp_path / "small")},
+            "optimization": {"steps": 1},
+        }
+    )
+    with pytest.raises(ConfigError, match=r"that are not quantized; those in .*small are: train"):
+        train(config)
+
+
+def test_perplexity_before_and_after(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """What `gramian evaluate` prints is computed by the integers, and by nothing else."""
+    pytest.importorskip("typer")
+    pytest.importorskip("datasets")
+    from gramian import cli
+
+    base = save(make_config(vocab_size=259, pad_token_id=258), tmp_path / "base")
+    model = quantized(base, tmp_path / "small")
+    for folder in (base, tmp_path / "small"):
+        ByteTokenizer().save_pretrained(folder)
+    text = "The memory of a model is its state. " * 2
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    command = "gramian evaluate small --against base --text text.txt --window 128 --json"
+    monkeypatch.setattr(sys, "argv", command.split())
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capfd.readouterr()
+    assert ended.value.code == 0, err
+    rows = json.loads(out)["comparisons"]
+    (row,) = (row for row in rows if row["metric"] == "loss")
+    ids = torch.tensor([list(text.encode())])
+    with torch.no_grad():
+        after, before = (float(one(ids, labels=ids).loss) for one in (expand(model), load(base)))
+    assert row["after"] == pytest.approx(after, abs=1e-5)
+    assert row["before"] == pytest.approx(before, abs=1e-5)
+    assert after != pytest.approx(before, abs=1e-4)
 
 
 def test_quantize_dynamic_of_torch_is_refused(base: Path) -> None:
