@@ -30,7 +30,7 @@ from torch.library import register_fake, register_vmap
 from gramian.ops._blocks import cut
 from gramian.ops._few_taps import convolve_directly, differentiate_directly, has_few_taps
 from gramian.ops._operator import batch_first, differentiable, operator, total
-from gramian.ops.lengths import fft_length
+from gramian.ops.lengths import at_most, fft_length
 
 # The number of elements in one padded block. This is a compromise: every call of the FFT has a
 # fixed cost, which favors many rows, but a block and its spectrum should stay in cache. 16 rows of
@@ -152,7 +152,7 @@ def _prepare(
         signal = signal.expand(*channels, -1)
     cut_kernels = []
     for kernel in kernels.values():
-        kernel = kernel[..., : signal.shape[-1]].to(compute_dtype)
+        kernel = kernel[..., : at_most(signal.shape[-1], kernel.shape[-1])].to(compute_dtype)
         cut_kernels.append(kernel.reshape(*(1,) * (signal.ndim - kernel.ndim), *kernel.shape))
     return signal, cut_kernels
 
@@ -279,6 +279,8 @@ def _forward(
     The last `ahead` taps have the lags −ahead to −1. The second result is the spectrum (*S, F) of
     u. It is empty if `save_spectra` is false.
     """
+    if not ahead:  # a traced graph could not cut it before, where lengths are symbols
+        kernel = kernel[..., : u.shape[-1]]
     if not ahead and not save_spectra and has_few_taps(u, kernel):
         return convolve_directly(u, kernel, gate), _empty_spectra(u, kernel, 0)
     points = _points(u, kernel, ahead)
