@@ -33,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "gated_delta_net": {"mixers": "gated_delta_net"},
     "s6": {"mixers": "s6"},
 }
-SOME = ("hyena/explicit", "hyena/rtf", "multi_hyena", "window", "gated_delta_net")
+SOME = ("hyena/rtf", "multi_hyena", "window", "linear_attention")
 ROWS, LENGTH = 600, 512  # the longest sequences, and the length with which a graph is traced
 
 
@@ -91,14 +91,12 @@ def test_export_of_a_classifier(make_config: MakeConfig, make_tokens: MakeTokens
         agrees(graph, model, make_tokens(batch, length), padded(batch, length))
 
 
+@pytest.mark.slow
 def test_compile(model: GramianForCausalLM, make_tokens: MakeTokens) -> None:
-    """A graph per length would do for `torch.compile`, but its number is limited."""
     torch.compiler.reset()
     compiled = torch.compile(model, backend="eager", dynamic=True)
     try:
-        with torch.compiler.set_stance("fail_on_recompile"):
-            pass
-        for batch, length in ((2, 12), (3, 40), (2, 65), (4, 100)):
+        for batch, length in ((2, 12), (3, 40), (2, 65)):
             agrees(compiled, model, make_tokens(batch, length), None)
             agrees(compiled, model, make_tokens(batch, length), padded(batch, length))
     finally:
