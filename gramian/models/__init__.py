@@ -1,7 +1,7 @@
-"""Provide Hugging Face models. Importing this package registers them with the Auto classes."""
+"""Provide Hugging Face models. Importing this package registers them with transformers."""
 
 try:
-    import transformers
+    import transformers  # noqa: F401
 except ImportError as error:
     raise ImportError(
         "gramian.models needs transformers 5: install it with `pip install gramian[models]`."
@@ -25,6 +25,7 @@ from gramian.models.modeling import GramianForCausalLM
 from gramian.models.pairs import GramianForPairClassification
 from gramian.models.pretrained import GramianPreTrainedModel
 from gramian.models.reconstruction import GramianForReconstruction
+from gramian.models.registration import register
 from gramian.models.signal import GramianForSignalRegression
 from gramian.models.token_classification import GramianForTokenClassification
 from gramian.models.tokenizer import ByteTokenizer
@@ -57,15 +58,4 @@ __all__ = [
     "restrict_generation",
 ]
 
-transformers.AutoConfig.register(GramianConfig.model_type, GramianConfig, exist_ok=True)
-transformers.AutoModel.register(GramianConfig, GramianModel, exist_ok=True)
-transformers.AutoModelForCausalLM.register(GramianConfig, GramianForCausalLM, exist_ok=True)
-transformers.AutoModelForSequenceClassification.register(
-    GramianConfig, GramianForSequenceClassification, exist_ok=True
-)
-transformers.AutoModelForTokenClassification.register(
-    GramianConfig, GramianForTokenClassification, exist_ok=True
-)
-transformers.AutoModelForTimeSeriesPrediction.register(
-    GramianConfig, GramianForSignalRegression, exist_ok=True
-)
+register()

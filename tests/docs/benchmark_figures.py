@@ -388,6 +388,11 @@ def _missing_or_wrong(r: Results) -> str:
     return str(verdicts["silent"] + verdicts["wrong"] + verdicts["raises"])
 
 
+def _outcomes(r: Results) -> str:
+    found = [row["outcome"] for row in r["trials"].values()]
+    return ", ".join(str(found.count(outcome)) for outcome in ("works", "refused", "fails"))
+
+
 def _largest(error: str) -> Callable[[Results], str]:
     return lambda r: f"{r['summary'][f'largest_{error}']:.0e}".replace("e-0", "e-")
 
@@ -659,6 +664,9 @@ FIGURES: dict[str, list[Row]] = {
         ("coverage", _largest("error")),
         ("coverage", _largest("size_error")),
         ("coverage", _largest("output_error")),
+    ],
+    "Other tools": [
+        ("ecosystem_loading", _outcomes),
     ],
     "Long contexts": [
         ("long_context_agreement", _long_agreement),
