@@ -8,6 +8,10 @@ HyenaDNA. Each file of the package has related formats: safari's Hyena language 
 (`striped_hyena.py`), and StripedHyena 2 and Evo 2 (`striped_hyena_2.py`).
 """
 
+from gramian._extras import require
+
+require("gramian.checkpoints", "models", "transformers", "safetensors")
+
 from gramian.checkpoints import (  # noqa: F401
     hyena_lm,
     hyena_rtf,

@@ -1,11 +1,8 @@
 """Provide Hugging Face models. Importing this package registers them with transformers."""
 
-try:
-    import transformers  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "gramian.models needs transformers 5: install it with `pip install gramian[models]`."
-    ) from error
+from gramian._extras import require
+
+require("gramian.models", "models", "transformers", "safetensors")
 
 from gramian.models.alphabet import allowed_tokens, restrict_generation
 from gramian.models.backbone import GramianModel
