@@ -61,6 +61,7 @@ def convert(
     from gramian import checkpoints
     from gramian._staging import staged_directory
     from gramian.checkpoints.files import hash_weights
+    from gramian.models import write_card
 
     with staged_directory(out) as stage, running(console, "Converting") as bar:
         model, tokenizer, name = checkpoints.load(
@@ -86,15 +87,24 @@ def convert(
             ),
             "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
         }
-        (stage / "conversion.json").write_text(to_json(report, indent=2) + "\n")
-    summary = (
-        f"{name}: {report['layers']} layers of width {report['width']:,}, "
-        f"{report['parameters']:,} parameters, filters of {report['filter_length']:,} taps; "
-        f"{report['tokenizer'] or 'no tokenizer'}."
-    )
-    if report["fp8_projections"]:
-        summary += (
-            f" The projections of {report['fp8_projections']} layers are computed in emulated FP8, "
-            "with the scales of the checkpoint."
+        summary = (
+            f"{name}: {report['layers']} layers of width {report['width']:,}, "
+            f"{report['parameters']:,} parameters, filters of {report['filter_length']:,} taps; "
+            f"{report['tokenizer'] or 'no tokenizer'}."
         )
+        if report["fp8_projections"]:
+            summary += (
+                f" The projections of {report['fp8_projections']} layers are computed in emulated "
+                "FP8, with the scales of the checkpoint."
+            )
+        write_card(
+            stage,
+            model,
+            f"A `{report['model']}` converted from the published checkpoint `{checkpoint.name}` "
+            "(`gramian convert`).",
+            summary,
+            base=checkpoint,
+            name=out.name,
+        )
+        (stage / "conversion.json").write_text(to_json(report, indent=2) + "\n")
     finish(console, as_json, report, summary, out)

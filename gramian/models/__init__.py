@@ -14,6 +14,7 @@ from gramian.models.blocks import (
     build_mixer,
 )
 from gramian.models.cache import GramianCache, GramianCacheLayer
+from gramian.models.cards import write_card
 from gramian.models.classification import GramianForSequenceClassification
 from gramian.models.configuration import MIXERS, GramianConfig
 from gramian.models.layers import BLOCKS, GramianLayer, register_block
@@ -53,6 +54,7 @@ __all__ = [
     "load_any",
     "register_block",
     "restrict_generation",
+    "write_card",
 ]
 
 register()
