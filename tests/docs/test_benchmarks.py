@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import ecosystem, serving
 from benchmarks._coverage_page import fill, summary
+from benchmarks._pages import fill_marks
 from tests.docs.benchmark_figures import FIGURES, load, machine
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +51,16 @@ def test_the_page_on_coverage_is_made_from_the_results() -> None:
     results = load("coverage")
     assert fill(page, results) == page
     assert summary(results["rows"]) == results["summary"]
+
+
+def test_the_tables_of_the_page_on_tools_and_of_the_guide_to_serving_are_made_from_results() -> (
+    None
+):
+    page = (ROOT / "docs/results/ecosystem.md").read_text(encoding="utf-8")
+    assert fill_marks(page, ecosystem.blocks(ecosystem.kept_rows())) == page
+    guide = (ROOT / "docs/guides/serve.md").read_text(encoding="utf-8")
+    table = serving.serving_table(load("serving")["rows"])
+    assert fill_marks(guide, {"serving": table}) == guide
 
 
 def test_headline_figures_are_those_of_the_results() -> None:
