@@ -14,7 +14,8 @@ every file of such a name:
     def script(models: Models) -> str:
         return refused(lambda: torch.jit.script(models.load("distilled")), TypeError)
 
-A trial returns what was seen, on one line, and raises an error if it is not as it should be.
+A trial returns what was seen, on one line, and raises an error if it is not as it should be. It
+imports the tool itself, so that the other trials run where the tool is not installed.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TRIALS", "Models", "Outcome", "Trial", "compare", "refused", "trial"]
+__all__ = ["TRIALS", "Models", "Refusal", "Trial", "compare", "refused", "trial"]
 
 
-class Outcome(str):
-    """What was seen in a trial in which the tool was refused."""
+class Refusal(str):
+    """The sentence with which a tool was refused."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def refused(call: Callable[[], Any], *kinds: type[Exception], names: str = "") -
         sentence = str(error)
         assert "\n" not in sentence and sentence.endswith("."), sentence
         assert names in sentence, sentence
-        return Outcome(sentence)
+        return Refusal(sentence)
     raise AssertionError("the call was not refused.")
 
 

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from benchmarks._trials import Models, compare, trial
+from benchmarks._trials import Models, compare, refused, trial
 
 TEXT = "The import statement finds a module, and binds its name."
 
@@ -135,3 +135,23 @@ def sharded(models: Models) -> str:
         again.save_pretrained(models.scratch / "whole")
         assert torch.equal(load(models.scratch / "whole")(ids).logits, logits)
     return f"{len(files)} files give the same logits."
+
+
+@trial("torch.load", "the state of a recurrence, with weights_only=True", needs=("torch",))
+def states(models: Models) -> str:
+    mixer = models.load("distilled").model.layers[0].mixer
+    recurrence = mixer.recurrence()
+    x = torch.randn(1, 9, mixer.width)
+    _, state = recurrence.prefill(x[:, :8], recurrence.initial_state(1))
+    state.save(models.scratch / "state.pt")
+    again = torch.load(models.scratch / "state.pt", weights_only=True)
+    outputs = [recurrence.step(x[:, 8], one)[0] for one in (again, state)]
+    return f"Relative difference of the next output: {compare(*outputs, 0.0):.0e}."
+
+
+@trial("torch.jit", "tracing a model", needs=("torch",))
+def torchscript(models: Models) -> str:
+    model, ids = models.load("distilled"), torch.arange(8)[None]
+    return refused(
+        lambda: torch.jit.trace(model, (ids,)), NotImplementedError, names="torch.export"
+    )

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._pages import fill_marks, plain, table
 from benchmarks._report import write
-from benchmarks._trials import TRIALS, Models, Outcome, Trial
+from benchmarks._trials import TRIALS, Models, Refusal, Trial
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).resolve().parent.parent / "docs/results/ecosystem.md"
@@ -53,7 +53,7 @@ def examine(name: str, folder: Path) -> dict[str, Any]:
             traceback.print_exc()
             lines = str(error).strip().splitlines() or [""]
             return {"outcome": "fails", "seen": f"{type(error).__name__}: {lines[0]}"[:400]}
-    return {"outcome": "refused" if isinstance(seen, Outcome) else "works", "seen": str(seen)}
+    return {"outcome": "refused" if isinstance(seen, Refusal) else "works", "seen": str(seen)}
 
 
 def row(trial: Trial, folder: Path, limit: float) -> dict[str, Any]:

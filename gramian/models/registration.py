@@ -53,4 +53,5 @@ def _packages() -> list[ModuleType]:
     """
     modules = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
     held = [sys.modules["transformers"], *(vars(one).get("transformers") for one in modules)]
-    return [one for one in held if isinstance(one, ModuleType) and one.__name__ == "transformers"]
+    found = {id(one): one for one in held if isinstance(one, ModuleType)}
+    return [one for one in found.values() if one.__name__ == "transformers"]

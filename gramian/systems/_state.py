@@ -110,7 +110,10 @@ class State(tuple[Any, ...]):
         try:
             state = torch.load(path, map_location=device, weights_only=True)
         except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{os.fspath(path)} cannot be read as a state.") from error
+            raise ValueError(
+                f"{os.fspath(path)} cannot be read as a state: it is damaged, or holds a class "
+                "that is not imported."
+            ) from error
         if not isinstance(state, cls):
             raise ValueError(
                 f"{os.fspath(path)} holds an object of type {type(state).__name__}; a "
