@@ -52,9 +52,9 @@ def write_card(
     """
     folder = Path(folder)
     name = folder.name if name is None else name
-    auto = _auto_class(model)
+    auto, adapted = _auto_class(model), is_adapter(folder)
     metadata = ModelCardData(
-        library_name="peft" if is_adapter(folder) else "transformers",
+        library_name="peft" if adapted else "transformers",
         pipeline_tag=_PIPELINES.get(auto or ""),
         tags=["gramian"],
         **_inherited(base),
@@ -62,7 +62,7 @@ def write_card(
     parts = [f"# {name}", about]
     if str(results):
         parts += ["## Results", f"```text\n{results}\n```"]
-    parts += ["## Use", *_use(model, auto, name)]
+    parts += ["## Use", *_use(model, auto, name, "adapters" if adapted else "models")]
     text = "\n\n".join(parts)
     with staged_file(folder / CARD) as stage:
         stage.write_text(f"---\n{metadata.to_yaml()}\n---\n\n{text}\n", encoding="utf-8")
@@ -91,7 +91,7 @@ def _inherited(base: str | Path | None) -> dict[str, Any]:
     return {"base_model": base} if is_name else {}
 
 
-def _use(model: Any, auto: str | None, name: str) -> list[str]:
+def _use(model: Any, auto: str | None, name: str, extra: str) -> list[str]:
     """Return paragraphs on how a model is loaded."""
     if not isinstance(model, GramianPreTrainedModel):
         return [f'```python\nmodel = transformers.{auto}.from_pretrained("{name}")\n```']
@@ -105,6 +105,6 @@ def _use(model: Any, auto: str | None, name: str) -> list[str]:
     if auto is None:
         del lines[1]
     return [
-        'The model needs Gramian: `pip install "gramian[models]"`.',
+        f'The model needs Gramian: `pip install "gramian[{extra}]"`.',
         "```python\n" + "\n".join(lines) + "\n```",
     ]
