@@ -52,7 +52,8 @@ def convert(
 
     A fine-tuned HyenaDNA becomes a classifier. A file that was split into NAME.part0, NAME.part1
     and so on is read as one. Files are read as tensors only: no code from a checkpoint runs. OUT
-    also contains conversion.json. It lists the files of the weights, with the SHA-256 of each file.
+    also contains conversion.json, which lists the files of the weights with the SHA-256 of each
+    file, and the model card README.md.
     """
     check_new(out)
     quiet_transformers()

@@ -94,7 +94,7 @@ def distill(
     """Replace the long filters of MODEL by small recurrences, and save the new model in OUT.
 
     OUT also contains distillation.json and distillation.png, which show the orders, errors and
-    bounds of every layer.
+    bounds of every layer, and the model card README.md.
     """
     given = [name for name in (tol, order, max_increase) if name is not None]
     if len(given) > 1:

@@ -135,7 +135,8 @@ def shrink(
 ) -> None:
     """Make the states of MODEL's recurrences smaller, and save the new model in OUT.
 
-    OUT also contains shrinkage.json and shrinkage.png, which show the states, errors and losses.
+    OUT also contains shrinkage.json and shrinkage.png, which show the states, errors and losses,
+    and the model card README.md.
     """
     if (text is None) == (labels is None):
         raise typer.BadParameter("give one of --text and --labels.")
