@@ -342,6 +342,22 @@ def _limits(part: str, *names: str) -> Callable[[Results], str]:
     return text
 
 
+def _contention(case: str) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        found, summary = r["cases"][case], r["summary"][case]
+        alone = found["quiet"]["one thread"]["median"]
+        ratios = (
+            found[condition][side]["median"] / alone
+            for side in ("adaptive", "default")
+            for condition in ("quiet", "busy")
+        )
+        quiet, busy, default_quiet, default_busy = (f"{ratio:.2f}" for ratio in ratios)
+        slowest = f"{summary['slowest over median']:.1f}"
+        return f"{quiet}, {busy} (slowest {slowest} times); default {default_quiet}, {default_busy}"
+
+    return text
+
+
 def _long_agreement(r: Results) -> str:
     run = r["agreement"]
     within = 100 * run["means_within_stated_error"]
@@ -372,11 +388,12 @@ def _long_stated(r: Results) -> str:
 
 
 def _long_head(r: Results) -> str:
-    run = r["head"]["rows_computed_again"]
-    memory = run["additional_peak_memory_mib"]
-    return (
-        f"{run['seconds']:.0f} s, {memory:,.0f} MiB (the map: {r['head']['mib_of_the_map']:,.0f})"
+    runs = (r["head"][name] for name in ("rows_kept", "rows_computed_again"))
+    kept, again = (
+        f"{run['processor_seconds']:.0f} s, {run['additional_peak_memory_mib']:,.0f} MiB"
+        for run in runs
     )
+    return f"{kept} (rows kept); {again} (computed again for every product)"
 
 
 def _wholly_read(r: Results) -> str:
@@ -578,6 +595,10 @@ FIGURES: dict[str, list[Row]] = {
         ("limits", _limits("ess")),
         ("limits", _limits("reduction")),
     ],
+    "Other processes": [
+        ("contention", _contention(case))
+        for case in ("layer 1024", "layer 4096", "demo step", "decode", "reduce", "analyze")
+    ],
     "Online convolution": [
         ("online_convolution", _online("FFT recomputation")),
         ("online_convolution", _online("dot product")),
@@ -665,7 +686,7 @@ FIGURES: dict[str, list[Row]] = {
         ("long_context_agreement", _long_sizes),
         ("long_context_model", _long_model),
         ("long_context_model", _long_stated),
-        (None, _stands("not measured yet")),
+        ("long_context_head", _long_head),
     ],
     "Memory at delimiters": [
         ("state_modulation", _modulation("documents")),
