@@ -72,26 +72,26 @@ def read_header(stream: BinaryIO, size: int) -> dict[str, Entry]:
     """
     length = int.from_bytes(stream.read(8), "little")
     if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-        raise ValueError("its header is incomplete or too long")
+        raise ValueError("its header is incomplete or too long.")
     try:
         header = json.loads(stream.read(length))
         header.pop(_METADATA, None)
         return {name: _entry(name, values, 8 + length, size) for name, values in header.items()}
     except (AttributeError, KeyError, RecursionError, TypeError, UnicodeError) as error:
-        raise ValueError("its header cannot be read") from error
+        raise ValueError("its header cannot be read.") from error
 
 
 def _entry(name: str, values: Mapping[str, object], begin: int, size: int) -> Entry:
     code, shape, offsets = values["dtype"], values["shape"], values["data_offsets"]
     if code not in _DTYPES:
-        raise ValueError(f"{name} has the dtype {code}, which cannot be read")
+        raise ValueError(f"{name} has the dtype {code}, which cannot be read.")
     dtype = _DTYPES[str(code)]
     numbers = [*shape, *offsets]  # type: ignore[misc]  # a TypeError is the caller's
     if any(type(number) is not int or number < 0 for number in numbers) or len(offsets) != 2:  # type: ignore[arg-type]
-        raise ValueError(f"the shape or place of {name} is not valid")
+        raise ValueError(f"the shape or place of {name} is not valid.")
     first, last = numbers[-2:]
     if last - first != math.prod(numbers[:-2]) * dtype.itemsize or begin + last > size:
-        raise ValueError(f"{name} is not completely in the file")
+        raise ValueError(f"{name} is not completely in the file.")
     return Entry(dtype, tuple(numbers[:-2]), begin + first)
 
 
