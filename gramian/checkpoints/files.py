@@ -159,6 +159,10 @@ class Weights(Mapping[str, Tensor]):
 
         The system reads the pages of a mapped tensor when they are used, and may drop them again.
         A file that was split into parts cannot be mapped.
+
+        Raises:
+            ValueError: if the system refuses to map a file. Linux does if the file is larger than
+                the memory.
         """
         storages: dict[Path, torch.UntypedStorage] = {}
         found = {}
@@ -171,11 +175,22 @@ class Weights(Mapping[str, Tensor]):
                 found[name] = self[name]
                 continue
             if place.file not in storages:
-                size = place.file.stat().st_size
-                mapped: Any = torch.UntypedStorage.from_file(str(place.file), False, size)
-                storages[place.file] = mapped
+                storages[place.file] = _map(place.file)
             found[name] = place.map(storages[place.file])
         return found
+
+
+def _map(file: Path) -> torch.UntypedStorage:
+    """Map a file into memory; changes of the memory do not change the file."""
+    size = file.stat().st_size
+    try:
+        storage: Any = torch.UntypedStorage.from_file(str(file), False, size)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{file} cannot be mapped into memory ({first_line(error)[:-1]}); gramian convert "
+            "reads it layer by layer."
+        ) from error
+    return storage
 
 
 class Stored(NamedTuple):

@@ -10,7 +10,7 @@ import typer
 from gramian.cli._app import command
 from gramian.cli._console import console_for, finish, running
 from gramian.cli._inputs import check_new, quiet_transformers
-from gramian.cli._options import Json, NewFolder
+from gramian.cli._options import Json, MaxShardSize, NewFolder
 
 
 @command
@@ -42,9 +42,7 @@ def convert(
             "and 40 billion parameters were trained (default: where the model needs it).",
         ),
     ] = None,
-    max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest size of a file of weights, such as 5GB.")
-    ] = "5GB",
+    max_shard_size: MaxShardSize = "5GB",
     as_json: Json = False,
 ) -> None:
     """Convert a CHECKPOINT of Hyena, HyenaDNA, Hyena-RTF, StripedHyena or Evo to a model in OUT.

@@ -53,9 +53,12 @@ def save_parts(
         RuntimeError: if the parts lack a tensor of the model, or if a tensor is not one of the
             model, is given twice, or has another shape.
     """
-    # All files but those of the weights are written by transformers, from a model without weights.
-    model.save_pretrained(folder, state_dict={})
-    (folder / WEIGHTS).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
     tied = model.all_tied_weights_keys
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     stem, dot, suffix = WEIGHTS.rpartition(".")

@@ -174,6 +174,21 @@ def test_nothing_is_read_before_it_is_used(monkeypatch: pytest.MonkeyPatch, tmp_
         monkeypatch.undo()
 
 
+def test_a_file_that_the_system_does_not_map(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Linux refuses a file that is larger than the memory; it can be converted all the same."""
+
+    def refuse(*args: Any) -> None:
+        raise RuntimeError("unable to mmap 42949672960 bytes: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse)
+    file = DATA / "stripedhyena_tiny.safetensors"
+    with pytest.raises(ValueError, match=r"cannot be mapped .* gramian convert reads it layer by"):
+        checkpoints.load(file)
+    checkpoints.convert(file, tmp_path / "out")
+
+
 def test_a_compressed_archive_and_one_of_another_byte_order(tmp_path: Path) -> None:
     """Values that cannot be read in place are read by PyTorch, as before."""
     import zipfile
