@@ -501,13 +501,18 @@ def _exponents(r: Results) -> str:
 
 
 def _per_layer(r: Results) -> str:
-    """What the peak of memory grows by, over what the model does, and what is above the largest."""
+    """What the peak grows by, over what the model does, and what it is for the largest model."""
     rows = [row for row in r["rows"] if row["axis"] == "layers"]
     first, last = rows[0], rows[-1]
     grown = last["model MiB"] - first["model MiB"]
     whole, own = ((last[kind] - first[kind]) / grown for kind in ("MiB", "MiB not mapped"))
+    growth = f"{whole:.2f} (not mapped: {own:.2f}), at the end"
     above = (last["MiB"] - last["model MiB"]) / last["layer MiB"]
-    return f"{whole:.2f} (not mapped: {own:.2f}), at the end {above:.1f} layers above the model"
+    if above < 0:
+        return (
+            f"{growth} {last['MiB'] / last['layer MiB']:.1f} layers of the model's {last['layers']}"
+        )
+    return f"{growth} {above:.1f} layers above the model"
 
 
 def _stands(text: str) -> Callable[[Results], str]:
