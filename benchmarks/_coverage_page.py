@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from typing import Any
 
+from benchmarks._pages import put, table
+
 VERDICTS = ("read", "in part", "named", "silent", "wrong", "raises", "not causal", "not built")
 
 
@@ -96,14 +98,7 @@ def fill(text: str, results: dict[str, Any]) -> str:
     Raises:
         ValueError: if the page lacks a mark.
     """
-    for name, block in blocks(results).items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        head, _, rest = text.partition(begin)
-        _, found, tail = rest.partition(end)
-        if not found:
-            raise ValueError(f"the page has no marks for {name}.")
-        text = f"{head}{begin}{block}\n{end}{tail}"
-    return text
+    return put(text, blocks(results))
 
 
 _VERDICTS = {
@@ -132,12 +127,6 @@ def _line(row: dict[str, Any]) -> tuple[str, ...]:
         digits(row.get("output_error")),
         f"{row['analysis_seconds']:.1f}" if "analysis_seconds" in row else "",
     )
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def digits(value: float | None) -> str:

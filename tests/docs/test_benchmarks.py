@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import _published_page as published
 from benchmarks._coverage_page import fill, summary
+from benchmarks._pages import put
 from tests.docs.benchmark_figures import FIGURES, load, machine
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +51,17 @@ def test_the_page_on_coverage_is_made_from_the_results() -> None:
     results = load("coverage")
     assert fill(page, results) == page
     assert summary(results["rows"]) == results["summary"]
+
+
+def test_the_page_on_published_results_is_made_from_the_tables() -> None:
+    page = published.PAGE.read_text(encoding="utf-8")
+    assert put(page, published.blocks()) == page
+    for table in (table for paper in published.tables().values() for table in paper):
+        widths = {len(row) for row in (*table["rows"], *table["ours"])}
+        assert widths == {len(table["columns"]) + 1}, table["name"]
+        # Of Gramian's values there is a file of results, or nothing.
+        for cell in (cell for row in table["ours"] for cell in row[1:]):
+            assert cell is None or published.measured(cell)
 
 
 def test_headline_figures_are_those_of_the_results() -> None:
