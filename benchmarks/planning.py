@@ -56,13 +56,15 @@ SETTINGS: dict[str, Any] = {
     "held_out_sequences": 4,
 }
 LAYERS = (3, 6, 10, 15)
-HEADS = (18, 45)  # groups of heads
+HEADS = (18, 45)  # groups of heads that share keys and values
 RECURRENT = (10,)  # layers
 STATES = 4  # of the recurrences in the last part
 SEEDS = range(3)
 BY_LAYER = ("realization", "state", "window", "output", "loss", "magnitude", "random")
 BY_HEAD = tuple(name for name in BY_LAYER if name != "loss")
 BY_RECURRENCE = ("realization", "state", "output", "magnitude", "random")
+
+_ROUGH = 1e-4  # a tolerance far below the error of few states, with which `realize` is faster
 
 Results = dict[str, Any]
 
@@ -102,7 +104,7 @@ def recurrences(model: Any, plan: HybridPlan, order: int) -> Iterator[None]:
         if bound["module"] not in chosen:
             return output, weights
         value = bound["value"].repeat_interleave(weights.shape[1] // bound["value"].shape[1], 1)
-        smaller = realize(weights[0], order=order).matrix()  # (heads, L, L)
+        smaller = realize(weights[0], _ROUGH, order=order).matrix()  # (heads, L, L)
         return (smaller @ value[0]).transpose(0, 1)[None].contiguous(), weights
 
     with mock.patch.object(place, "eager_attention_forward", attend):

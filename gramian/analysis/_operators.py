@@ -69,20 +69,13 @@ def record(recorder: Recorder, inputs: ModelInputs) -> tuple[tuple[str, str], ..
     Raises:
         ValueError: if no layer mixes tokens, or if none is read because the model is not causal.
     """
-    model, visit, visited = recorder.model, recorder.visit, 0
-
-    def counted(recorded: RecordedOperator) -> None:
-        nonlocal visited
-        visited += 1
-        visit(recorded)
-
-    recorder.visit = counted
+    model = recorder.model
     with exclusive(), in_mode(model, training=False), torch.no_grad():
         recorder.record(inputs)
-        if not visited:
+        if not recorder.visits:
             check_causal(model, inputs)
     unread = recorder.unread()
-    if not visited and not unread:
+    if not recorder.visits and not unread:
         raise ValueError(f"{type(model).__name__} has no layer that is known to mix tokens.")
     return unread
 

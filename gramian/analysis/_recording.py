@@ -142,6 +142,7 @@ class Recorder:
     Attributes:
         plans: the plan of every module that mixes positions by itself, by its path, as soon as they
             are known.
+        visits: the number of operators that were passed to the visitor.
     """
 
     def __init__(
@@ -153,6 +154,7 @@ class Recorder:
     ) -> None:
         self.model, self.joins, self.long = model, joins, long
         self.visit = visit
+        self.visits = 0
         self.plans: dict[str, Plan] = {}
         self.ran: dict[str, int] = Counter()
         self.refused: dict[str, str] = {}
@@ -466,6 +468,7 @@ class Recorder:
             name = f"{name} (run {self.ran[plan.path]})"
         if site.reader != "mixer" and _is_secondary(plan, site):
             name = f"{name} ({site.key[1]})"
+        self.visits += 1
         self.visit(
             RecordedOperator(
                 name,

@@ -138,7 +138,10 @@ class _Sums:
     """Sums over sequences, of one layer of H heads, in double precision.
 
     Attributes:
-        operator: the layer, as it was recorded first, without its operator.
+        name: path of its module.
+        mixer: name of the module's class.
+        group: number of heads that share keys and values.
+        token_bytes: bytes of the keys and values of one token.
         ess: effective state-sizes, (H).
         errors: squares of the relative errors of recurrences, (H, orders).
         window: squares of the relative errors of the maps, (H).
@@ -217,7 +220,7 @@ def _sums(
     """Measure one layer on one sequence."""
     system = recorded.system(slice(None))
     maps = system.matrix(values.shape[1])  # type: ignore[union-attr]
-    maps = maps.reshape(-1, *maps.shape[-2:]).float()  # (H, L, L)
+    maps = maps.reshape(-1, *maps.shape[-2:]).to(values.dtype)  # (H, L, L)
     length = maps.shape[-1]
     narrow = window_maps(maps, window, sinks)
     outputs = maps @ values  # (H, L, N)

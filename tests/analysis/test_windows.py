@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,8 +23,10 @@ from gramian.analysis import (
     window_attention,
     window_maps,
 )
+from gramian.analysis._operators import _one_at_a_time
 from gramian.mixers import SoftmaxAttention
 from gramian.models import GramianConfig, GramianForCausalLM
+from tests.analysis.test_side_effects import compiles
 
 LENGTH, WINDOW, SINKS = 23, 5, 2
 IDS = torch.randint(3, 64, (1, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -176,6 +179,49 @@ def test_mixers_of_gramian_have_windows(own: int | None) -> None:
         same.load_state_dict(mixer.state_dict())
         with window_attention(model, {"0": None}, WINDOW):
             torch.testing.assert_close(model(x), same(x))
+
+
+def test_values_of_mixers_are_those_that_the_maps_mix() -> None:
+    torch.manual_seed(0)
+    mixer = SoftmaxAttention(16, heads=4, kv_heads=2)
+    x = torch.randn(LENGTH, 16)
+    found: list[Tensor] = []
+
+    def visit(recorded: RecordedOperator) -> None:
+        assert recorded.values is not None
+        maps = recorded.system(slice(None)).matrix(LENGTH)  # type: ignore[union-attr]
+        found.append(mixer.merge(maps.reshape(1, 4, LENGTH, LENGTH) @ recorded.values()[None]))
+
+    with torch.no_grad():
+        record_operators(torch.nn.Sequential(mixer), x, visit)
+        torch.testing.assert_close(found, [mixer(x[None])])
+
+
+def test_compiled_models_have_windows_and_analyses_wait() -> None:
+    model = model_of("llama", **GROUPED)
+    paths = dict.fromkeys(f"model.layers.{k}.self_attn" for k in range(2))
+    with window_attention(model, paths, WINDOW):
+        expected = logits_of(model)
+    compiled = torch.compile(model, backend="eager")
+    before = logits_of(compiled)
+    entered: list[bool] = []
+
+    def enter() -> None:
+        entered.append(_one_at_a_time.acquire(blocking=False))
+        if entered[-1]:
+            _one_at_a_time.release()
+
+    assert compiles()
+    with window_attention(model, paths, WINDOW):
+        assert not compiles()
+        torch.testing.assert_close(logits_of(compiled), expected)
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+    enter()
+    assert entered == [False, True]
+    assert compiles()
+    torch.testing.assert_close(logits_of(compiled), before)
 
 
 def test_maps_of_a_window_are_a_softmax_over_it() -> None:
