@@ -58,9 +58,14 @@ SETTINGS: dict[str, Any] = {
 LAYERS = (3, 6, 10, 15)
 HEADS = (18, 45)  # groups of heads that share keys and values
 RECURRENT = (10,)  # layers
-STATES = 4  # of the recurrences in the last part
+ORDER = (
+    *(("layers", 10), ("recurrences", 10), ("heads", 45), ("layers", 6)),
+    *(("layers", 15), ("layers", 3), ("heads", 18)),
+)
+STATES = 4  # of the recurrences
+RECURRENT_SEQUENCES = 2  # the first ones of those held out, because each map has to be realized
 SEEDS = range(3)
-BY_LAYER = ("realization", "state", "window", "output", "loss", "magnitude", "random")
+BY_LAYER = ("output", "window", "realization", "state", "loss", "magnitude", "random")
 BY_HEAD = tuple(name for name in BY_LAYER if name != "loss")
 BY_RECURRENCE = ("realization", "state", "output", "magnitude", "random")
 
@@ -71,16 +76,11 @@ Results = dict[str, Any]
 
 def choices() -> Iterator[tuple[str, str, int, str, int]]:
     """Yield key, part, size, criterion and seed of every hybrid, the most telling ones first."""
-    parts = (
-        ("layers", LAYERS, BY_LAYER),
-        ("heads", HEADS, BY_HEAD),
-        ("recurrences", RECURRENT, BY_RECURRENCE),
-    )
-    for part, sizes, criteria in parts:
-        for size in sizes:
-            for criterion in criteria:
-                for seed in SEEDS if criterion == "random" else (0,):
-                    yield f"{part} {size} {criterion} {seed}", part, size, criterion, seed
+    criteria = {"layers": BY_LAYER, "heads": BY_HEAD, "recurrences": BY_RECURRENCE}
+    for part, size in ORDER:
+        for criterion in criteria[part]:
+            for seed in SEEDS if criterion == "random" else (0,):
+                yield f"{part} {size} {criterion} {seed}", part, size, criterion, seed
 
 
 def halves(tokenizer: Any) -> tuple[Tensor, Tensor]:
@@ -149,9 +149,9 @@ def measure(results: Results, save: Callable[[], None], until: float) -> bool:
     length, count = SETTINGS["length"], SETTINGS["held_out_sequences"]
     rows = list(spread_windows([second], length, count * length))
 
-    def score(context: AbstractContextManager[Any]) -> Results:
+    def score(context: AbstractContextManager[Any], count: int | None = None) -> Results:
         with context:
-            return summed(perplexity(model, tokenizer, rows, window=length, stride=length))
+            return summed(perplexity(model, tokenizer, rows[:count], window=length, stride=length))
 
     tried = results.setdefault("tried", {})
     if "whole" not in tried:
@@ -169,11 +169,11 @@ def measure(results: Results, save: Callable[[], None], until: float) -> bool:
         if again != key:
             tried[key] = tried[again]
         elif part == "recurrences":
-            tried[key] = score(recurrences(model, chosen, STATES))
+            tried[key] = score(recurrences(model, chosen, STATES), RECURRENT_SEQUENCES)
         else:
             tried[key] = score(chosen.applied(model))
         spent()
-        print(f"{key}: {tried[key]['loss'] - tried['whole']['loss']:+.4f}", flush=True)
+        print(f"{key}: {increase(results, key)}", flush=True)
     return True
 
 
@@ -184,10 +184,10 @@ def increase(results: Results, key: str) -> tuple[float, float] | None:
         return None
     one, whole = tried[key], tried["whole"]
     each = [
-        (a - b) / n for a, b, n in zip(one["losses"], whole["losses"], whole["counts"], strict=True)
-    ]
+        (a - b) / n for a, b, n in zip(one["losses"], whole["losses"], one["counts"], strict=False)
+    ]  # all sequences have the same number of tokens
     values = torch.tensor(each, dtype=torch.float64)
-    return one["loss"] - whole["loss"], float(values.std()) / math.sqrt(len(each))
+    return float(values.mean()), float(values.std()) / math.sqrt(len(each))
 
 
 def cell(results: Results, part: str, size: int, criterion: str) -> str:

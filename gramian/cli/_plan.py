@@ -61,8 +61,8 @@ _Criterion = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="What is replaced first, by its smallest value: realization (error of a recurrence), "
-        "state (effective state-size), window or output (error of a window), loss, magnitude, or "
+        help="What is replaced first, by its smallest value: output or window (error of a window), "
+        "realization (error of a recurrence), state (effective state-size), loss, magnitude, or "
         "random.",
     ),
 ]
@@ -99,7 +99,7 @@ def plan(
     text: _Text = None,
     replace: _Replace = None,
     by: _By = "layer",
-    criterion: _Criterion = "realization",
+    criterion: _Criterion = "output",
     window: _Window = 64,
     sinks: _Sinks = 4,
     state: _State = 16,

@@ -34,7 +34,7 @@ def plan_hybrid(
     *,
     replace: int | float,
     by: str = "layer",
-    criterion: str = "realization",
+    criterion: str = "output",
     window: int = 64,
     sinks: int = 4,
     orders: Sequence[int] = (1, 2, 4, 8, 16, 32),
@@ -63,8 +63,9 @@ def plan_hybrid(
             and values take this share of the bytes of the cache.
         by: "layer", or "head" to choose heads on their own. Heads that share keys and values are
             replaced together.
-        criterion: one of `CRITERIA`. "loss" takes a forward pass for every layer or group of heads
-            and each sequence.
+        criterion: One of `CRITERIA`. "output" is meant for windows, and "realization" for
+            recurrences of `state` states. "loss" takes a forward pass for every layer or group of
+            heads and each sequence.
         window: Number w of the last tokens that a replaced head sees, its own included.
         sinks: Number of the first tokens that it sees, too.
         orders: Numbers n of states for which errors are measured.

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 __all__ = ["CRITERIA", "HybridPlan", "PlannedLayer", "check_choice"]
 
-CRITERIA = ("realization", "state", "window", "output", "loss", "magnitude", "random")
+CRITERIA = ("output", "window", "realization", "state", "loss", "magnitude", "random")
 """What layers or heads can be chosen by; those with the smallest value are replaced first.
 
+- "output": relative error of what a head returns for its own values if it sees a window.
+- "window": relative error of the head's maps if it sees a window.
 - "realization": relative error of the recurrence of n states that `gramian.ess.realize` finds.
 - "state": effective state-size.
-- "window": relative error of the head's maps if it sees a window.
-- "output": the same for what the maps return for the head's own values.
 - "loss": increase of the loss if the layer or head alone sees a window.
 - "magnitude": norm of the output of the layer or head.
 - "random": a random order, by the seed.
@@ -38,7 +38,10 @@ CRITERIA = ("realization", "state", "window", "output", "loss", "magnitude", "ra
 
 _FORMAT = "gramian.hybrid_plan/1"
 _NAMES = {"layer": "layers", "head": "groups of heads"}
-_COLUMNS = ("layer", "heads", "ESS", "error of {n} states", "error of the window", "replaced")
+_COLUMNS = (
+    *("layer", "heads", "ESS", "error of {n} states", "of the window", "of its output"),
+    "replaced",
+)
 
 
 @dataclass(frozen=True)
@@ -376,9 +379,10 @@ class HybridPlan:
             (
                 x.name,
                 str(x.heads),
-                f"{sum(x.ess) / x.heads:.1f}",
-                f"{_root_mean_square([errors[order] for errors in x.errors]):.3f}",
-                f"{_root_mean_square(x.window_errors):.3f}",
+                f"{x.score('state', 0, 'layer', order):.1f}",
+                f"{x.score('realization', 0, 'layer', order):.3f}",
+                f"{x.score('window', 0, 'layer', order):.3f}",
+                f"{x.score('output', 0, 'layer', order):.3f}",
                 "all" if x.whole else ", ".join(map(str, x.replaced)),
             )
             for x in self.layers

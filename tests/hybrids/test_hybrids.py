@@ -369,7 +369,7 @@ def test_bad_inputs_get_one_sentence() -> None:
         (planning(replace=1.5), ValueError, "replace must be a number of layers .* got 1.5"),
         (planning(replace=True), ValueError, "replace must be a number of layers .* got True"),
         (planning(by="token"), ValueError, "by must be 'layer' or 'head'; got 'token'"),
-        (planning(criterion="luck"), ValueError, "criterion must be one of realization, .* 'luck'"),
+        (planning(criterion="luck"), ValueError, "criterion must be one of output, .* 'luck'"),
         (planning(state=5), ValueError, "state must be one of the orders 1, 3; got 5"),
         (planning(orders=(-1, 3)), ValueError, "orders must be at least 0; got -1"),
         (planning(window=0), ValueError, "window must be at least 1 token; got 0"),
