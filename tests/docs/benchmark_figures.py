@@ -483,6 +483,27 @@ def _task(task: str, layer: str) -> Callable[[Results], str]:
     return text
 
 
+def _hybrid(part: str, size: int) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        whole = r["tried"]["whole"]["losses"]
+
+        def increase(criterion: str, seeds: Iterable[int] = (0,)) -> float:
+            each = [
+                (a - b) / n
+                for seed in seeds
+                for one in [r["tried"][f"{part} {size} {criterion} {seed}"]]
+                for a, b, n in zip(one["losses"], whole, one["counts"], strict=False)
+            ]
+            return sum(each) / len(each)
+
+        names = ("output", "realization", "state", "magnitude")
+        return ", ".join(
+            f"{value:+.3f}" for value in [*map(increase, names), increase("random", range(3))]
+        )
+
+    return text
+
+
 def _genomes(model: str, job: str) -> Callable[[Results], str]:
     def text(r: Results) -> str:
         peaks = [
@@ -712,6 +733,11 @@ FIGURES: dict[str, list[Row]] = {
         ("ess_distillation", _rank_correlation("error")),
         ("ess_distillation", _rank_correlation("divergence")),
         ("ess_distillation", _rank_correlation("increase")),
+    ],
+    "Planning hybrids": [
+        ("planning", _hybrid("layers", 10)),
+        ("planning", _hybrid("heads", 45)),
+        ("planning", _hybrid("recurrences", 10)),
     ],
     "Genomes": [
         ("genomes", _genomes(model, job))
