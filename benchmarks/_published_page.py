@@ -14,7 +14,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks._pages import put, table
+from benchmarks._pages import fill_marks, table
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs/results/published.md"
@@ -52,7 +52,7 @@ def blocks() -> dict[str, str]:
 
 
 def main() -> None:
-    PAGE.write_text(put(PAGE.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
+    PAGE.write_text(fill_marks(PAGE.read_text(encoding="utf-8"), blocks()), encoding="utf-8")
     print(f"wrote {PAGE}")
 
 

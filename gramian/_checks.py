@@ -9,6 +9,7 @@ __all__ = [
     "check_divides",
     "check_integers",
     "check_not_negative",
+    "check_positive",
     "check_probability",
     "check_sizes",
 ]
@@ -44,6 +45,17 @@ def check_not_negative(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, int | float) or not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be a finite number of at least 0; got {value!r}.")
+
+
+def check_positive(**values: object) -> None:
+    """Raise a ValueError unless every value is a finite number above 0.
+
+    Args:
+        values: the values by their names, which the message uses.
+    """
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be a finite number above 0; got {value!r}.")
 
 
 def check_probability(name: str, value: float) -> float:

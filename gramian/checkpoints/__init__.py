@@ -11,6 +11,10 @@ Each file of the package has related formats: safari's Hyena language models and
 (`striped_hyena.py`), and StripedHyena 2 and Evo 2 (`striped_hyena_2.py`).
 """
 
+from gramian._extras import require
+
+require("gramian.checkpoints", "models", "transformers", "safetensors")
+
 from gramian.checkpoints import (  # noqa: F401
     hyena_lm,
     hyena_rtf,

@@ -15,6 +15,7 @@ from gramian._staging import staged_directory
 from gramian.checkpoints._format import Progress
 from gramian.checkpoints._load import find_tokenizer, open_source, translated
 from gramian.checkpoints.files import hash_weights
+from gramian.models.cards import write_card
 from gramian.models.saving import empty_model, save_parts
 
 __all__ = ["ConversionReport", "convert"]
@@ -49,6 +50,21 @@ class ConversionReport:
     parameters: int
     fp8_projections: int
     tokenizer: str | None
+
+    @property
+    def summary(self) -> str:
+        """The report in one or two sentences."""
+        text = (
+            f"{self.format}: {self.layers} layers of width {self.width:,}, "
+            f"{self.parameters:,} parameters, filters of {self.filter_length:,} taps; "
+            f"{self.tokenizer or 'no tokenizer'}."
+        )
+        if self.fp8_projections:
+            text += (
+                f" The projections of {self.fp8_projections} layers are computed in emulated FP8, "
+                "with the scales of the checkpoint."
+            )
+        return text
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields by name."""
@@ -114,6 +130,15 @@ def convert(
                 for layer in range(settings.num_hidden_layers)
             ),
             tokenizer=None if tokenizer is None else type(tokenizer).__name__,
+        )
+        write_card(
+            stage,
+            model,
+            f"A `{report.model}` converted from the published checkpoint `{path.name}` "
+            "(`gramian convert`).",
+            report.summary,
+            base=path,
+            name=Path(folder).name,
         )
         text = to_json(report.to_dict(), indent=2) + "\n"
         (stage / "conversion.json").write_text(text, encoding="utf-8")

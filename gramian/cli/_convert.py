@@ -68,14 +68,3 @@ def convert(
             max_shard_size=max_shard_size,
             progress=bar,
         )
-    summary = (
-        f"{report.format}: {report.layers} layers of width {report.width:,}, "
-        f"{report.parameters:,} parameters, filters of {report.filter_length:,} taps; "
-        f"{report.tokenizer or 'no tokenizer'}."
-    )
-    if report.fp8_projections:
-        summary += (
-            f" The projections of {report.fp8_projections} layers are computed in emulated FP8, "
-            "with the scales of the checkpoint."
-        )
-    finish(console, as_json, report.to_dict(), summary, out)

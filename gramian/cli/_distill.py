@@ -116,6 +116,7 @@ def distill(
     windows = None if text is None else spread_windows(model, loaded, text, max_tokens)
 
     from gramian._staging import staged_directory
+    from gramian.models import write_card
 
     with staged_directory(out) as stage:
         with running(console, "Distilling") as bar:
@@ -123,6 +124,16 @@ def distill(
         distilled.save_pretrained(stage, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
+        write_card(
+            stage,
+            distilled,
+            f"A `{type(distilled).__name__}` made from `{model.resolve().name}`. Small recurrences "
+            "replace its long filters (`gramian distill`), so that it generates in constant time "
+            "and memory per token.",
+            report,
+            base=model,
+            name=out.name,
+        )
         (stage / "distillation.json").write_text(report.to_json() + "\n")
         _draw(report, f"{model}, distilled to {out}", stage / "distillation.png")
     finish(console, as_json, report.to_dict(), report, out)

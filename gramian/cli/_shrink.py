@@ -152,6 +152,7 @@ def shrink(
 
     from gramian import analysis, shrinking
     from gramian._staging import staged_directory
+    from gramian.models import write_card
 
     with running(console, "Reading the model", about=str(model)):
         loaded, tokenizer = analysis.open_model(model)
@@ -184,6 +185,15 @@ def shrink(
         small.save_pretrained(stage)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
+        write_card(
+            stage,
+            small,
+            f"A `{type(small).__name__}` made from `{model.resolve().name}`: the states of its "
+            "recurrences have fewer coordinates (`gramian shrink`).",
+            report,
+            base=model,
+            name=out.name,
+        )
         (stage / "shrinkage.json").write_text(report.to_json() + "\n", encoding="utf-8")
         _draw(report, f"{model}, shrunk to {out}", stage / "shrinkage.png")
     finish(console, as_json, report.to_dict(), report, out)

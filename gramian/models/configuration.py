@@ -132,6 +132,7 @@ class GramianConfig(PreTrainedConfig):
     model_type = "gramian"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (the Trainer needs a list)
     attribute_map = {"num_attention_heads": "num_heads"}  # noqa: RUF012
+    auto_map = AUTO_MAP  # tools such as TRL read it from a configuration
 
     vocab_size: int = 259
     hidden_size: int = 256
@@ -205,7 +206,7 @@ class GramianConfig(PreTrainedConfig):
         if not os.path.isfile(save_directory):  # the call below refuses a file
             os.makedirs(save_directory, exist_ok=True)
             write_module(Path(save_directory))
-        self.auto_map = AUTO_MAP
+        self.auto_map = AUTO_MAP  # a file holds what belongs to the instance
         try:
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         finally:

@@ -356,6 +356,9 @@ def test_distill_under_a_budget_of_quality_on_a_text(workplace: Path, call: Call
     assert quality["trials"][-1]["increase"] <= 0.05
     written = {path.name for path in (workplace / "budgeted").iterdir()}
     assert {"distillation.json", "distillation.png", "model.safetensors"} <= written
+    card = (workplace / "budgeted/README.md").read_text(encoding="utf-8")
+    assert "\n# budgeted\n\nA `GramianForCausalLM` made from `model`." in card
+    assert "order min/mean/max" in card and str(workplace) not in card
     assert load(workplace / "budgeted").config.filter[0]["type"] == "modal"
 
 

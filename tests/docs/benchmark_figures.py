@@ -405,6 +405,19 @@ def _missing_or_wrong(r: Results) -> str:
     return str(verdicts["silent"] + verdicts["wrong"] + verdicts["raises"])
 
 
+def _outcomes(r: Results) -> str:
+    found = [row["outcome"] for row in r["trials"].values()]
+    return ", ".join(str(found.count(outcome)) for outcome in ("works", "refused", "fails"))
+
+
+def _served(key: str, form: str, unit: str = "") -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        rows = (r["rows"][f"{model}, 8 clients"] for model in ("original", "distilled", "GPT-2"))
+        return ", ".join(f"{row[key]:{form}}{unit}" for row in rows)
+
+    return text
+
+
 def _largest(error: str) -> Callable[[Results], str]:
     return lambda r: f"{r['summary'][f'largest_{error}']:.0e}".replace("e-0", "e-")
 
@@ -706,6 +719,14 @@ FIGURES: dict[str, list[Row]] = {
         ("coverage", _largest("error")),
         ("coverage", _largest("size_error")),
         ("coverage", _largest("output_error")),
+    ],
+    "Other tools": [
+        ("ecosystem_loading", _outcomes),
+        ("ecosystem_serving", _outcomes),
+    ],
+    "Serving": [
+        ("serving", _served("requests a second", ".1f")),
+        ("serving", _served("processor seconds a request", ".2f", " s")),
     ],
     "Long contexts": [
         ("long_context_agreement", _long_agreement),

@@ -216,6 +216,17 @@ def test_gradients_through_the_state(name, filter_name):
 
 
 @every_kind
+def test_a_saved_state_continues_as_the_state_does(name, tmp_path):
+    mixer = make(name, "implicit")
+    x = torch.randn(2, 9, WIDTH)
+    recurrence = mixer.recurrence()
+    _, state = recurrence.prefill(x[:, :8], recurrence.initial_state(2))
+    state.save(tmp_path / "state.pt")
+    read = type(state).load(tmp_path / "state.pt")
+    assert torch.equal(recurrence.step(x[:, 8], read)[0], recurrence.step(x[:, 8], state)[0])
+
+
+@every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name, dtype):
     mixer = make(name, "implicit")
