@@ -68,3 +68,4 @@ def convert(
             max_shard_size=max_shard_size,
             progress=bar,
         )
+    finish(console, as_json, report.to_dict(), report.summary, out)
