@@ -89,7 +89,7 @@ def convert(
     one. So the memory that is needed is that of the largest layer, or of the embedding and the
     output projection, and a checkpoint may be much larger than the memory. It may consist of one
     file, several, or a file in parts. The folder also contains `conversion.json`, which holds the
-    report. If an error is raised, there is no folder.
+    report, and a model card. If an error is raised, there is no folder.
 
     Args:
         path: a checkpoint file, or a folder that holds a checkpoint.

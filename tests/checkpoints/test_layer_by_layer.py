@@ -43,6 +43,7 @@ def test_every_file_is_that_of_the_whole_model(
     assert (report.format, report.parameters) == (format, model.num_parameters())
     written = content(tmp_path / "parts")
     assert json.loads(written.pop("conversion.json")) == report.to_dict()
+    assert report.summary in written.pop("README.md").decode()
     assert written == content(tmp_path / "whole")
 
 
