@@ -71,13 +71,13 @@ def check_divides(name: str, parts: int, width: int) -> None:
         raise ValueError(f"{name} must divide the width {width}; got {parts}.")
 
 
-def check_choice(name: str, value: object, accepted: Iterable[str], where: str = "") -> None:
-    """Raise a ValueError unless `value` is among the accepted names.
+def check_choice(name: str, value: object, accepted: Iterable[object], where: str = "") -> None:
+    """Raise a ValueError unless `value` is among the accepted values.
 
     Args:
         name: name of the value in the message.
         value: the given value.
-        accepted: the accepted names.
+        accepted: the accepted values.
         where: text that follows the accepted names in the message, such as " in 'glu' blocks".
     """
     choices = tuple(accepted)

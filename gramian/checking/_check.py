@@ -101,10 +101,10 @@ def check(
     Raises:
         TypeError: if the model is neither a `GramianForCausalLM` nor a
             `GramianForTokenClassification`.
-        ValueError: if the model is bidirectional or reads numbers; if there are fewer than 2
-            sequences, or fewer than 2 tokens in each; if tokens are outside of the vocabulary; if
-            the tolerance is not positive; or if a dtype is not float64, float32, float16 or
-            bfloat16.
+        ValueError: if the model is quantized, is bidirectional or reads numbers; if there are fewer
+            than 2 sequences, or fewer than 2 tokens in each; if tokens are outside of the
+            vocabulary; if the tolerance is not positive; or if a dtype is not float64, float32,
+            float16 or bfloat16.
     """
     dtypes = (torch.float32, torch.bfloat16) if dtypes is None else tuple(dtypes)
     ids = _checked(model, input_ids, batch, length, dtypes, tolerance, seed)
@@ -146,12 +146,14 @@ def _checked(
 ) -> Tensor:
     """Check the arguments of `check`, and return the tokens, on the device of the model."""
     from gramian.models import GramianForCausalLM, GramianForTokenClassification
+    from gramian.models.quantization import refuse_quantized
 
     if not isinstance(model, GramianForCausalLM | GramianForTokenClassification):
         raise TypeError(
             "check takes a GramianForCausalLM or a GramianForTokenClassification; got a "
             f"{type(model).__name__}."
         )
+    refuse_quantized(model, "check", "check the model that was quantized")
     if model.config.bidirectional or model.config.input_size is not None:
         kind = "bidirectional model" if model.config.bidirectional else "model of numbers"
         raise ValueError(f"check takes a causal model of tokens; got a {kind}.")

@@ -20,6 +20,7 @@ from gramian.cli import (  # noqa: F401, I001 (this is the order of the commands
     _check,
     _analyze,
     _modulation,
+    _plan,
     _export,
     _train,
     _sweep,

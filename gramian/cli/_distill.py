@@ -14,13 +14,14 @@ from gramian.cli._app import UserError, command, one_line
 from gramian.cli._console import Bar, console_for, finish, running
 from gramian.cli._inputs import (
     check_new,
+    check_shard_size,
     check_tolerance,
     fraction,
     load_any_model,
     load_tokenizer,
     spread_windows,
 )
-from gramian.cli._options import Device, Json, ModelFolder, NewFolder
+from gramian.cli._options import Device, Json, MaxShardSize, ModelFolder, NewFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +89,7 @@ def distill(
     finetune: _Finetune = 0,
     max_order: _MaxOrder = None,
     tail: _Tail = "auto",
+    max_shard_size: MaxShardSize = "5GB",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -109,6 +111,7 @@ def distill(
     loaded = load_any_model(model, device)
     if text is not None and not loaded.can_generate():
         raise UserError(f"{model} is a {type(loaded).__name__}; --text needs a language model.")
+    check_shard_size(max_shard_size)
     tokenizer = load_tokenizer(model)
     windows = None if text is None else spread_windows(model, loaded, text, max_tokens)
 
@@ -118,7 +121,7 @@ def distill(
     with staged_directory(out) as stage:
         with running(console, "Distilling") as bar:
             distilled, report = _distill(loaded, wanted, windows, bar)
-        distilled.save_pretrained(stage)
+        distilled.save_pretrained(stage, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         write_card(

@@ -74,13 +74,14 @@ def export_model(
         FileExistsError: if `folder` exists.
         ImportError: if a package that the format needs is missing.
         TypeError: if `model` is not a `GramianForCausalLM`.
-        ValueError: if the format is unknown; if the model is in half precision or not on the CPU;
-            if a layer has no recurrence of fixed size; or if a setting of
+        ValueError: if the format is unknown; if the model is quantized, in half precision or not on
+            the CPU; if a layer has no recurrence of fixed size; or if a setting of
             `model.generation_config`, such as beams, changes the generated text and is not
             supported. The message says what to do.
         RuntimeError: if the exported programs choose other tokens.
     """
     from gramian.models import GramianForCausalLM
+    from gramian.models.quantization import refuse_quantized
 
     check_format(format)
     if not isinstance(model, GramianForCausalLM):
@@ -88,6 +89,7 @@ def export_model(
             f"a GramianForCausalLM is exported; got {type(model).__name__}; a single mixer or "
             "system is exported by export_recurrence."
         )
+    refuse_quantized(model, "export", "quantize the exported ONNX files instead")
     if model.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"models are exported in float32 or float64; got {model.dtype}: call model.float() or "

@@ -83,13 +83,14 @@ class Segments:
     """
 
     def __init__(self, real: Tensor | None, numbers: Tensor | None = None) -> None:
-        shapes: set[tuple[int, ...]] = {tuple(x.shape) for x in (real, numbers) if x is not None}
-        if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+        # Lengths of a traced graph may be symbols, which cannot be elements of a set.
+        shapes = [tuple(x.shape) for x in (real, numbers) if x is not None]
+        if not shapes or len(shapes[0]) != 2 or shapes[0] != shapes[-1]:
             raise ValueError(
                 "segments are described by a mask and numbers of one shape (batch, length); got "
-                f"{' and '.join(map(str, sorted(shapes))) or 'neither'}."
+                f"{' and '.join(map(str, shapes)) or 'neither'}."
             )
-        batch, length = next(iter(shapes))
+        batch, length = shapes[0]
         self.shape = batch, length
         self.real = None if real is None else real != 0
         self.numbers = numbers

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from gramian.models.quantization import is_quantized
 from gramian.ops.fp8 import FP8Linear
 
 __all__ = [
@@ -130,9 +131,15 @@ def merge_adapter(model: nn.Module, folder: Path, new: Iterable[str] = ()) -> An
         ImportError: if peft is not installed.
         FileNotFoundError: if the folder has no weights.
         ValueError: if the adapter cannot be read, does not fit the model, lacks a parameter of
-            `new`, or changes a weight that is both the embedding and the output map.
+            `new`, or changes a weight that is both the embedding and the output map; or if the
+            model is quantized.
     """
     require_peft()
+    if is_quantized(model):
+        raise ValueError(
+            f"the adapter in {folder} cannot be merged: the weights of its base model are "
+            "quantized, and would round it away."
+        )
     from peft import PeftModel, get_peft_model_state_dict
 
     found = _read_names(folder)

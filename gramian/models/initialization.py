@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["Keeping", "is_read", "own_tensors", "reset_unwritten"]
 
 
-def is_read(tensor: Tensor) -> bool:
-    """Return whether a tensor was read from a file, or will be tied to a tensor that was read."""
-    return bool(getattr(tensor, "_is_hf_initialized", False))
+def is_read(part: Tensor | nn.Module) -> bool:
+    """Return whether a tensor or module was read from a file, or will be tied to one that was."""
+    return bool(getattr(part, "_is_hf_initialized", False))
 
 
 class Keeping(TorchDispatchMode):
@@ -36,7 +36,14 @@ class Keeping(TorchDispatchMode):
         super().__init__()
         self._read = [(*place, place[2].data) for place in _places(model) if is_read(place[2])]
         self._aliases = {_storage(alias): alias for *_, alias in self._read}
-        self._unread = {_storage(t) for *_, t in _places(model) if not is_read(t)}
+        # Quantizers initialize the modules that they make, and mark them as transformers does.
+        modules = [module for module in model.modules() if not is_read(module)]
+        self._unread = {
+            _storage(tensor)
+            for module in modules
+            for *_, tensor in own_tensors(module)
+            if not is_read(tensor)
+        }
         self._values: dict[int, Tensor] = {}
         self._written: set[int] = set()
 

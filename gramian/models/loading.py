@@ -24,6 +24,13 @@ from gramian.models.configuration import GramianConfig
 from gramian.models.modeling import GramianForCausalLM
 from gramian.models.pairs import GramianForPairClassification
 from gramian.models.pretrained import GramianPreTrainedModel
+from gramian.models.quantization import (
+    check_described,
+    load_quanto,
+    method_of,
+    parts_of,
+    require_quantizer,
+)
 from gramian.models.reconstruction import GramianForReconstruction
 from gramian.models.signal import GramianForSignalRegression
 from gramian.models.token_classification import GramianForTokenClassification
@@ -163,11 +170,54 @@ def _load(
     except (TypeError, ValueError) as error:
         file = folder / "config.json"
         raise ValueError(f"{file} is not a valid configuration: {_sentence(error)}") from error
+    expected, tied = _expected_shapes(folder, kind, config)
+    method = method_of(folder, values)
+    if method is not None:
+        return _load_quantized(folder, kind, config, dtype, method, expected, tied)
     found = _read_shapes(folder)
-    _compare(folder, *_expected_shapes(folder, kind, config), found)
+    check_described(folder, found)
+    _compare(folder, expected, tied, found)
     model = kind.from_pretrained(
         folder, config=config, dtype="auto" if dtype is None else dtype, local_files_only=True
     )
+    return model.eval()
+
+
+def _load_quantized(
+    folder: Path,
+    kind: type[GramianPreTrainedModel],
+    config: GramianConfig,
+    dtype: torch.dtype | None,
+    method: str,
+    expected: dict[str, tuple[int, ...]],
+    tied: set[str],
+) -> GramianPreTrainedModel:
+    """Return the model in a folder whose weights were quantized by torchao or optimum-quanto."""
+    require_quantizer(folder, method)
+    files = _weight_files(folder)
+    found = _read_shapes(folder)
+    for parameter, parts in parts_of(folder, method, files).items():
+        if all(part in found for part in parts):
+            for part in parts:
+                del found[part]
+            found[parameter] = expected.get(parameter, ())  # compared below, once it is read
+    _compare(folder, expected, tied, found)
+    try:
+        if method == "quanto":
+            model = load_quanto(folder, kind, config, files, dtype)
+        else:
+            model = kind.from_pretrained(
+                folder,
+                config=config,
+                dtype="auto" if dtype is None else dtype,
+                local_files_only=True,
+            )
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"the quantized weights in {folder} cannot be read: {_sentence(error)}"
+        ) from error
+    read = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    _compare(folder, {name: shape for name, shape in expected.items() if name in read}, tied, read)
     return model.eval()
 
 
@@ -216,27 +266,37 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return a mapping from the names of all tensors in the safetensors files to their shapes."""
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder."""
     if (folder / WEIGHTS).is_file():
-        files = [folder / WEIGHTS]
-    elif (folder / INDEX).is_file():
-        shards = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(shards, dict):
-            raise ValueError(f"{folder / INDEX} has no weight_map.")
-        files = [folder / name for name in sorted(set(shards.values()))]
-    else:
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}.")
-    shapes: dict[str, tuple[int, ...]] = {}
+    shards = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ValueError(f"{folder / INDEX} has no weight_map.")
+    files = [folder / name for name in sorted(set(shards.values()))]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{folder} lacks the weights file {file.name}.")
+    return files
+
+
+def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return a mapping from the names of all tensors in the safetensors files to their shapes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in _weight_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (a file, not a dict)
                     shapes[name] = tuple(tensors.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} cannot be read: {_sentence(error)}") from error
+        except RuntimeError as error:  # Linux maps no file that is larger than the memory
+            raise ValueError(
+                f"{file} cannot be mapped into memory ({_sentence(error)[:-1]}); save the model in "
+                'smaller files, for example with max_shard_size="5GB".'
+            ) from error
     return shapes
 
 

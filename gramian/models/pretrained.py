@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from gramian.models.cache import GramianCache
 from gramian.models.configuration import GramianConfig
 from gramian.models.initialization import Keeping, is_read, reset_unwritten
 from gramian.models.layers import BLOCKS
+from gramian.models.quantization import check_saveable, refuse_quanto, save_quanto
 from gramian.ops.packed import Packing, can_pack
 
 __all__ = ["GramianPreTrainedModel"]
@@ -74,6 +77,33 @@ class GramianPreTrainedModel(NoTorchScript, PreTrainedModel):
                     with self.packing.generation(given, begins=given.batch_size < 0):
                         return super().__call__(*args, **kwargs)
         return super().__call__(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a model as transformers does.
+
+        Raises:
+            ValueError: if optimum-quanto has quantized the weights, which `gramian.models.load`
+                reads.
+        """
+        if pretrained_model_name_or_path is not None:
+            refuse_quanto(Path(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save a model as transformers does, also if optimum-quanto has quantized its weights.
+
+        Raises:
+            ValueError: if torchao has quantized weights in place, before anything is written.
+        """
+        check_saveable(self)
+        if hasattr(self, "hf_quantizer"):
+            # Its tensors are in the format of the files already, and cannot be converted back.
+            kwargs["save_original_format"] = False
+        save = partial(super().save_pretrained, save_directory, *args, **kwargs)
+        save_quanto(self, Path(save_directory), save)
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode. Training mode drops the packed copies of the weights."""

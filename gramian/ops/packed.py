@@ -147,6 +147,22 @@ class Linear(nn.Linear):
                 return self._turned(x) if rows in _TURNED else self._product(x, weight)
         return super().forward(x)
 
+    @property
+    def qconfig(self) -> Any:
+        """Absent, because torch.ao.quantization replaces no subclass of `nn.Linear`.
+
+        Setting it, as `quantize_dynamic` and its relatives do, raises a TypeError. Without it, they
+        would leave the layer as it is.
+        """
+        raise AttributeError("a linear layer of gramian has no qconfig.")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        raise TypeError(
+            "torch.ao.quantization does not replace the linear layers of gramian: use "
+            "torchao.quantization.quantize_, or load the model with a TorchAoConfig."
+        )
+
     def _turned(self, x: Tensor) -> Tensor:
         """Compute `(W xᵀ)ᵀ`, which the general product does faster for a few rows."""
         y = torch.mm(self.weight, x.reshape(-1, self.in_features).t()).t().contiguous()

@@ -324,13 +324,14 @@ def _check(
     context: int | None,
     choose_by: str,
 ) -> None:
+    from gramian.models.quantization import refuse_quantized
+
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise TypeError(
             "shrink takes a causal language model of Gramian or transformers; got an object of "
             f"type {type(model).__name__}."
         )
-    if getattr(model, "is_quantized", False):
-        raise ValueError("shrink needs weights that are not quantized; got a quantized model.")
+    refuse_quantized(model, "shrink", "quantize the smaller model instead")
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1 or "meta" in devices:
         raise ValueError(f"shrink needs a model on one device; got {', '.join(devices)}.")

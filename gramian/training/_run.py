@@ -396,6 +396,8 @@ def _losses(model: PreTrainedModel, config: TrainingConfig) -> MemoryLosses | No
             sequences=penalty.sequences,
             channels=penalty.channels,
             hankel=regularization.hankel,
+            normalize_gates=regularization.normalize_gates,
+            gate_layers=regularization.gate_layers,
         )
     except ValueError as error:
         raise ConfigError(f"regularization.{error}") from error

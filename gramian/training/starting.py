@@ -19,6 +19,7 @@ from gramian.models.adapters import (
     task_type,
 )
 from gramian.models.labels import label_names
+from gramian.models.quantization import is_quantized
 from gramian.tasks import Description, Kind
 from gramian.training.configuration import ConfigError, TrainingConfig
 
@@ -94,6 +95,11 @@ def load_saved(path: str, kind: Kind, description: Description) -> tuple[Any, li
         if lacking:
             raise ConfigError(f"model.path must hold a whole model; {path} lacks {lacking[0]}.")
         new = sorted({name.partition(".")[0] for name in missing})
+    if is_quantized(model):
+        raise ConfigError(
+            f"model.path must hold weights that are not quantized; those in {path} are: train the "
+            "model that was quantized, and quantize the result."
+        )
     for name, value in options.items():
         if getattr(model.config, name, None) is None:
             setattr(model.config, name, value)

@@ -61,6 +61,41 @@ def test_the_section_on_adapters_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert type(load("runs/merged")) is GramianForCausalLM
 
 
+def test_the_guide_to_quantization_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("accelerate", "onnxruntime", "onnxscript", "optimum.quanto", "torchao"):
+        pytest.importorskip(package)
+    import torch
+
+    from gramian.export import export_model
+    from gramian.models import ByteTokenizer, GramianConfig, GramianForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = GramianForCausalLM(
+        GramianConfig(
+            mixers="hyena",
+            hidden_size=16,
+            num_hidden_layers=1,
+            filter={"type": "modal", "orders": 4},
+        )
+    ).eval()
+    model.save_pretrained("small")
+    ByteTokenizer().save_pretrained("small")
+    export_model(model, "exported", verify=2)
+    ids, names = torch.tensor([list(b"A note")]), {}
+    with torch.no_grad():
+        expected = model(ids).logits
+        for title in ("torchao", "optimum-quanto", "ONNX"):
+            for block in section("quantize.md", title):
+                exec(compile(block, "quantize.md", "exec"), names)
+                found = names["model"](ids).logits
+                assert 0 < (found - expected).norm() / expected.norm() < 0.05
+            assert torch.equal(names["again"](ids).logits, found) or title == "ONNX"
+    logits, _ = names["run"].prefill(ids.numpy())
+    exact = expected[:, -1].numpy()
+    assert 0 < abs(logits - exact).max() < 0.05 * abs(exact).max()
+
+
 def test_the_section_on_alphabets_runs(capsys: pytest.CaptureFixture[str]) -> None:
     from gramian.models import GramianConfig, GramianForCausalLM
 

@@ -20,7 +20,11 @@ from gramian.mixers import (
     ShortConvolution,
     WeightedLinearAttention,
 )
-from gramian.mixers.multi_hyena import convolved_outer_products, toeplitz_masked_attention
+from gramian.mixers.multi_hyena import (
+    convolved_outer_products,
+    prefers_convolution,
+    toeplitz_masked_attention,
+)
 from gramian.testing import check_mixer
 
 WIDTH, MAX_LENGTH = 12, 70
@@ -497,3 +501,21 @@ def test_bad_input_gets_one_sentence(call, error, match):
     with pytest.raises(error, match=match) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [9, 400])
+def test_multi_hyena_has_256_filters_for_768_channels(length: int) -> None:
+    """As in RTF's section C.4: heads of width 3, by masked attention and by FFT."""
+    torch.manual_seed(0)
+    mixer = MultiHyena(768, 256, {"type": "modal", "orders": 4}, max_length=length)
+    assert (mixer.head_width, mixer.filter.channels) == (3, 256)
+    assert prefers_convolution(length, 3) == (length == 400)
+    x = torch.randn(1, length, 768)
+    with torch.no_grad():
+        q, k, v, _ = mixer.project(x, None, None)
+        operator = (q @ k.mT) * mixer.filter(length).matrix(length)  # (1, 256, length, length)
+        expected = mixer.merge(operator @ v)
+        torch.testing.assert_close(mixer(x), expected, atol=1e-5, rtol=1e-4)
+        state = mixer.recurrence().initial_state(1)
+    # 3 × 3 products in a head, each with the state of 4 pairs of poles.
+    assert sum(part.numel() for (part,) in state.long) == 256 * 9 * 8
