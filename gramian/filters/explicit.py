@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from gramian._checks import check_sizes
 from gramian.filters._filter import Filter, check_lr, register
+from gramian.ops.lengths import at_most
 from gramian.systems import FIR
 
 __all__ = ["ExplicitFilter"]
@@ -103,7 +104,7 @@ class ExplicitFilter(Filter):
             nn.init.normal_(self.d)
 
     def forward(self, length: int | None = None) -> FIR:
-        taps = self.taps if length is None else min(self.taps, length)
+        taps = at_most(length, self.taps)
         kernel = self.kernel[:, None, :taps].expand(-1, self.channels // self.groups, -1)
         if self.d is None:  # a copy, because a sharded parameter is whole only until this returns
             kernel = kernel.clone(memory_format=torch.contiguous_format)

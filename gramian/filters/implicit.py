@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.filters._filter import Filter, check_lr, register
+from gramian.ops.lengths import at_most
 from gramian.systems import FIR
 
 __all__ = ["ImplicitFilter"]
@@ -149,7 +150,7 @@ class ImplicitFilter(Filter):
         self.decay.copy_(torch.linspace(slow, quick, self.channels, **like).abs())
 
     def forward(self, length: int | None = None) -> FIR:
-        count = self.max_length if length is None else min(length, self.max_length)
+        count = at_most(length, self.max_length)
         hidden = self.features[:count]
         for layer in self.layers:
             hidden = torch.sin(self.frequency * layer(hidden))

@@ -21,6 +21,7 @@ from gramian.filters._filter import check_lr, register
 from gramian.filters._rational import RationalFilter
 from gramian.ops import rational_impulse_response
 from gramian.ops.devices import has_float64
+from gramian.ops.lengths import at_most
 from gramian.ops.polynomial import single_precision_error
 from gramian.ops.reflection import step_down, step_up
 from gramian.reduction import find_modal_form
@@ -317,7 +318,7 @@ class RTF(RationalFilter):
 
     def forward(self, length: int | None = None) -> TransferFunction:
         shared = (self.num_denominators, self.channels // self.num_denominators)
-        length = min(self.max_length, length or self.max_length)
+        length = at_most(length, self.max_length)
         # These are copies, because a sharded parameter is whole only until this function returns.
         b, d = self.b.clone().reshape(*shared, -1), self.d.clone().reshape(shared)
         a = self.denominator().unsqueeze(1)

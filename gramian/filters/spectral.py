@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from gramian._checks import check_sizes
 from gramian.filters._filter import Filter, check_lr, register
+from gramian.ops.lengths import at_most
 from gramian.systems import FIR
 
 __all__ = ["SpectralFilter", "spectral_basis"]
@@ -99,7 +100,7 @@ class SpectralFilter(Filter):
         self.basis.copy_(values.pow(0.25).unsqueeze(-1) * vectors)
 
     def forward(self, length: int | None = None) -> FIR:
-        count = self.max_length if length is None else min(length, self.max_length)
+        count = at_most(length, self.max_length)
         basis = self.basis[:, :count].to(self.positive.dtype)
         kernel = self.positive @ basis  # (channels, count)
         if self.negative is not None:

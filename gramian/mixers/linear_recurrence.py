@@ -28,7 +28,9 @@ from gramian._modules import SinglePrecisionModule
 from gramian.mixers._recomputation import recomputed
 from gramian.mixers.mixer import Mixer, apply_mask
 from gramian.mixers.short_convolution import ShortConvolution
+from gramian.ops.lengths import is_symbol
 from gramian.ops.packed import Linear
+from gramian.ops.scan import run_opaquely
 from gramian.systems import State, TimeVarying
 from gramian.systems.time_varying import TimeVaryingState
 
@@ -111,6 +113,9 @@ class Coefficients(NamedTuple):
 
     def run(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Run all steps from a memory, as a `TimeVarying` system does; see `Steps.run`."""
+        if is_symbol(values.shape[2]):
+            y, after = run_opaquely(*self, values, memory)
+            return y, after
         state = TimeVaryingState(memory.permute(3, 0, 1, 2), torch.zeros((), dtype=torch.int64))
         y, after = TimeVarying(*self)(values.permute(3, 0, 1, 2), state)
         assert isinstance(after, TimeVaryingState)
@@ -294,7 +299,7 @@ class LinearRecurrence(Mixer):
             64,
             self._most_elements(values.device) // (values.shape[0] * self.heads * self.state_size),
         )
-        if length <= size:
+        if is_symbol(length) or length <= size:
             return coefficients.run(values, memory)
         outputs = []
         for begin in range(0, length, size):

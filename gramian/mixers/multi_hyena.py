@@ -29,6 +29,7 @@ from gramian.mixers.mixer import apply_mask
 from gramian.mixers.registry import register
 from gramian.mixers.short_convolution import ShortConvolution
 from gramian.ops import causal_convolution
+from gramian.ops.lengths import is_symbol
 from gramian.ops.packed import Linear
 from gramian.systems import (
     DenseOperator,
@@ -154,7 +155,8 @@ class MultiHyena(ConvolutionMixer):
         kernel = self.kernel(systems[0], x).flatten(0, 2)  # (heads, taps)
         form = (
             convolved_outer_products
-            if prefers_convolution(length, self.head_width)
+            if is_symbol(length)  # the other form has a loop over the length
+            or prefers_convolution(length, self.head_width)
             else toeplitz_masked_attention
         )
         with torch.autocast(x.device.type, enabled=False):

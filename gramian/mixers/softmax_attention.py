@@ -20,6 +20,7 @@ from gramian._checks import check_divides, check_sizes
 from gramian.mixers.mixer import Mixer
 from gramian.mixers.registry import register
 from gramian.ops.devices import from_host
+from gramian.ops.lengths import is_symbol
 from gramian.ops.packed import Linear
 from gramian.systems import DenseOperator, State, System, working_dtype
 
@@ -274,7 +275,9 @@ class SoftmaxAttention(Mixer):
         """
         batch, _, length, _ = q.shape
         grouped = self.heads != self.kv_heads
-        if mask is None and past is None and (self.window is None or length <= self.window):
+        traced = is_symbol(length)  # a graph for every length attends to all keys at once
+        short = self.window is None or (not traced and length <= self.window)
+        if mask is None and past is None and short:
             return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         before = 0
         if past is not None:
@@ -283,12 +286,12 @@ class SoftmaxAttention(Mixer):
             v = torch.cat([past.values.to(v.dtype), v], dim=2)
         index = torch.arange(length, device=q.device)
         rows = max(1, _MASK_ELEMENTS // (batch * (before + length)))
-        local = past is None and mask is None and self.window is not None
+        local = past is None and mask is None and self.window is not None and not traced
         if local:
             rows = min(rows, max(64, self.window or 0))
         outputs = []
-        for begin in range(0, length, rows):
-            end = min(begin + rows, length)
+        for begin in (0,) if traced else range(0, length, rows):
+            end = length if traced else min(begin + rows, length)
             at, now = index[begin:end, None], positions[:, begin:end, None]
             first = max(0, begin - (self.window or 0) + 1) if local else 0
             seen = index[first:end] <= at  # (rows, keys)

@@ -217,11 +217,6 @@ class GramianModel(GramianPreTrainedModel):
                 unused = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
                 use_cache = self.config.use_cache and not unused
             return GramianCache(self.config) if use_cache and not checkpointing else None
-        if not isinstance(cache, GramianCache):
-            raise TypeError(
-                "past_key_values must be a GramianCache, such as an earlier forward returned; got "
-                f"{type(cache).__name__}."
-            )
         if checkpointing:
             raise ValueError("past_key_values cannot be used in training with checkpointing.")
         if cache.batch_size not in (-1, batch):

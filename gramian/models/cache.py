@@ -41,10 +41,17 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
 
     Raises:
         ValueError: if two caches were given.
+        TypeError: if the cache is not a `GramianCache`.
     """
     if past_key_values is not None and cache is not None:
         raise ValueError("give one cache: past_key_values and cache are two names of one argument.")
-    return cache if past_key_values is None else past_key_values
+    given = cache if past_key_values is None else past_key_values
+    if given is not None and not isinstance(given, GramianCache):
+        raise TypeError(
+            "past_key_values must be a GramianCache, which model.make_cache() makes; got "
+            f"{type(given).__name__}."
+        )
+    return given
 
 
 def check_past(cache: Any, mask: Any, inputs: tuple[Tensor | None, ...]) -> None:

@@ -54,6 +54,7 @@ class GramianPreTrainedModel(NoTorchScript, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _is_stateful = True
     _supports_context_parallel = False
+    _supports_sdpa = True
     # Filters and dynamics stay in float32 without these lists when a model is cast. The first list
     # prevents quantizers from changing them, and the second prevents loading in bfloat16 from
     # casting them. The patterns differ because transformers refuses a name that is in both lists.
@@ -142,6 +143,10 @@ class GramianPreTrainedModel(NoTorchScript, PreTrainedModel):
                 total += recurrence.state_bytes(batch, dtype=self.dtype, context=context)
         return total
 
+    def make_cache(self) -> GramianCache:
+        """Return an empty cache, which `forward` and `generate` accept as `past_key_values`."""
+        return GramianCache(self.config)
+
     def compile_decoding(self, enabled: bool = True, **options: Any) -> None:
         """Make steps of one token faster. `generate` takes such steps after the prompt.
 
@@ -168,6 +173,17 @@ class GramianPreTrainedModel(NoTorchScript, PreTrainedModel):
                 module.packing = packing
             elif isinstance(module, Mixer):
                 module.compile_step(enabled, **options)
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> str:
+        if attn_implementation not in (None, "sdpa", "eager"):
+            raise ValueError(
+                'attn_implementation must be "sdpa" or "eager", both of which call torch\'s '
+                "scaled_dot_product_attention, which chooses flash attention by itself where it "
+                f"can; got {attn_implementation!r}."
+            )
+        return attn_implementation or "sdpa"
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

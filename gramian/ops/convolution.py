@@ -32,7 +32,7 @@ from gramian.ops._few_taps import convolve_directly, differentiate_directly, has
 from gramian.ops._operator import batch_first, differentiable, operator, total
 from gramian.ops.kernels import runs_in_triton
 from gramian.ops.kernels.causal_convolution import covers, fused_convolution, fused_correlation
-from gramian.ops.lengths import fft_length
+from gramian.ops.lengths import at_most, fft_length
 
 # The number of elements in one padded block. This is a compromise: every call of the FFT has a
 # fixed cost, which favors many rows, but a block and its spectrum should stay in cache. 16 rows of
@@ -154,7 +154,7 @@ def _prepare(
         signal = signal.expand(*channels, -1)
     cut_kernels = []
     for kernel in kernels.values():
-        kernel = kernel[..., : signal.shape[-1]].to(compute_dtype)
+        kernel = kernel[..., : at_most(signal.shape[-1], kernel.shape[-1])].to(compute_dtype)
         cut_kernels.append(kernel.reshape(*(1,) * (signal.ndim - kernel.ndim), *kernel.shape))
     return signal, cut_kernels
 
@@ -281,6 +281,8 @@ def _forward(
     The last `ahead` taps have the lags −ahead to −1. The second result is the spectrum (*S, F) of
     u. It is empty if `save_spectra` is false.
     """
+    if not ahead:  # a traced graph could not cut it before, where lengths are symbols
+        kernel = kernel[..., : u.shape[-1]]
     if not ahead and not save_spectra and has_few_taps(u, kernel):
         return convolve_directly(u, kernel, gate), _empty_spectra(u, kernel, 0)
     if not ahead and not save_spectra and runs_in_triton(u) and covers(u, kernel):

@@ -1,8 +1,10 @@
-"""Lengths for which the FFT is fast."""
+"""Lengths for which the FFT is fast, and lengths that are symbols of a traced graph."""
 
 from bisect import bisect_left
 
-__all__ = ["fft_length"]
+import torch
+
+__all__ = ["at_most", "fft_length", "is_symbol"]
 
 
 def _smooth_even_numbers(limit: int) -> list[int]:
@@ -22,3 +24,16 @@ _FAST_LENGTHS = _smooth_even_numbers(2**40)
 def fft_length(length: int, taps: int) -> int:
     """Return the smallest fast length at which a circular convolution has no wrap-around."""
     return _FAST_LENGTHS[bisect_left(_FAST_LENGTHS, length + taps - 1)]
+
+
+def is_symbol(length: int) -> bool:
+    """Return whether a length is a symbol in a graph that is traced for every length."""
+    return isinstance(length, torch.SymInt)
+
+
+def at_most(length: int | None, bound: int) -> int:
+    """Return the smaller number, or `bound` if the length is None or a symbol.
+
+    A comparison with a symbol would restrict the traced graph to the lengths on one side.
+    """
+    return bound if length is None or is_symbol(length) else min(length, bound)

@@ -30,7 +30,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import register_fake
 from typing_extensions import Self
+
+from gramian.ops._operator import differentiable, operator
 
 __all__ = [
     "Blocks",
@@ -40,10 +43,13 @@ __all__ = [
     "Transition",
     "bounded_products",
     "join",
+    "run_blocks",
+    "run_opaquely",
     "scan",
     "step_by_step",
 ]
 
+_ELEMENTS = 2**24  # coefficients (batch, heads, steps, n) that are joined to blocks at once
 _BOUND = 32.0
 """The largest norm of products, in multiples of the identity's, with which merging is accurate."""
 
@@ -237,6 +243,107 @@ def scan(transition: Transition, inputs: Tensor, start: Tensor) -> tuple[Tensor,
         states = torch.cat([states, end.unsqueeze(1)], dim=1)
         end = (transition[even:].left(end.unsqueeze(1)) + inputs[:, even:]).squeeze(1)
     return states, end
+
+
+def run_blocks(
+    transition: Transition,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    signal: Tensor,
+    start: Tensor,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """Run T steps in blocks of `size` steps.
+
+    Args:
+        transition: The transition of T steps.
+        B: (G, T, n): the input vectors.
+        C: (G, T, n): the output vectors.
+        D: (G, T): the direct terms.
+        signal: (G, r, T): r signals, which do not interact.
+        start: (G, n, r): the states before the first step.
+        size: The number of steps in a block, a power of two.
+
+    Returns:
+        The outputs (G, r, T), and the states after the last step (G, n, r).
+    """
+    length = signal.shape[-1]
+    blocks = join(transition, B, C, D, size)
+    padded = torch.nn.functional.pad(signal, (0, -length % size))
+    samples = padded.unflatten(-1, (-1, size)).permute(0, 2, 3, 1)  # (G, K, c, r)
+    starts, end = scan(blocks.transition, blocks.reach @ samples, start)
+    y = blocks.inside @ samples + blocks.observe @ starts
+    return y.permute(0, 3, 1, 2).flatten(-2)[..., :length], end
+
+
+@operator("linear_recurrence")
+def run_opaquely(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    p: Tensor | None,
+    q: Tensor | None,
+    values: Tensor,
+    memory: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Run all steps of a linear recurrence as one operation of a traced graph.
+
+    The number of blocks and the rounds of `scan` depend on the length, so that a graph for any
+    length cannot contain them. The operator has no derivatives.
+
+    Args:
+        A: (batch, heads, length, n): the gates. B, C, p and q have the same shape.
+        B: The input vectors.
+        C: The output vectors.
+        D: (batch, heads, length): the direct terms.
+        p: The left vectors of a low-rank change of the gates, or None.
+        q: The right vectors of this change, or None.
+        values: (batch, heads, length, N): the inputs.
+        memory: (batch, heads, n, N): the state before the first step.
+
+    Returns:
+        The outputs, (batch, heads, length, N), and the state after the last step.
+    """
+    batch, heads, length, order = B.shape
+    width = values.shape[-1]
+    size = 1 << (max(1, min(64, order, width)) - 1).bit_length()
+    stretch = size * max(1, _ELEMENTS // (batch * heads * order * size))
+    end, outputs = memory.flatten(0, 1), []
+    for begin in range(0, length, stretch):
+
+        def part(x: Tensor, begin: int = begin) -> Tensor:
+            return x[:, :, begin : begin + stretch].flatten(0, 1)
+
+        transition: Transition = Diagonal(part(A))
+        if p is not None and q is not None:
+            low_rank = part(p).unsqueeze(-1), part(q).unsqueeze(-1)
+            transition = DiagonalPlusLowRank(part(A), *low_rank)
+        y, end = run_blocks(transition, part(B), part(C), part(D), part(values).mT, end, size)
+        outputs.append(y.mT)
+    y = torch.cat(outputs, dim=1) if outputs else values.flatten(0, 1)
+    return y.unflatten(0, (batch, heads)).contiguous(), end.unflatten(0, (batch, heads)).clone()
+
+
+@register_fake(run_opaquely)
+def _run_opaquely_fake(
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    p: Tensor | None,
+    q: Tensor | None,
+    values: Tensor,
+    memory: Tensor,
+) -> tuple[Tensor, Tensor]:
+    like = torch.contiguous_format
+    return torch.empty_like(values, memory_format=like), torch.empty_like(
+        memory, memory_format=like
+    )
+
+
+differentiable(run_opaquely)
 
 
 def bounded_products(A: Tensor) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gramian.ops import causal_convolution
+from gramian.ops.lengths import at_most
 from gramian.ops.online import OnlineBuffers, OnlineConvolution
 from gramian.systems._recurrence import Recurrence, VectorRecurrence
 from gramian.systems._state import State, broadcasts, define_state, vector_fits
@@ -177,7 +178,7 @@ class FIR(TimeInvariantSystem[AnyFIRState]):
         return torch.nn.functional.pad(taps, (0, length - taps.shape[-1]))
 
     def kernel_for(self, u: Tensor, length: int) -> Tensor:
-        kernel = self.kernel if length > self.order else self.kernel[..., :length]
+        kernel = self.kernel[..., : at_most(length, self.order + 1)]
         return kernel.to(working_dtype(u))
 
     def recurrence(self, form: str | None = None) -> Recurrence[Any]:

@@ -29,7 +29,7 @@ from gramian.ops.scan import (
     Transition,
     bounded_products,
     join,
-    scan,
+    run_blocks,
     step_by_step,
 )
 from gramian.ops.vandermonde import group_channels
@@ -295,12 +295,7 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
             return restore(y.mT.to(dtype)).to(u.dtype), restore_state(end.mT.to(dtype))
         size = _block_size(length, self.order, signal.shape[1])
         with torch.autocast(self.device.type, enabled=False):
-            blocks = join(transition, B, C, D, size)
-            padded = torch.nn.functional.pad(signal, (0, -length % size))
-            samples = padded.unflatten(-1, (-1, size)).permute(0, 2, 3, 1)  # (G, K, c, R)
-            starts, end = scan(blocks.transition, blocks.reach @ samples, first.mT)
-            y = blocks.inside @ samples + blocks.observe @ starts
-        y = y.permute(0, 3, 1, 2).flatten(-2)[..., :length]  # (G, R, T)
+            y, end = run_blocks(transition, B, C, D, signal, first.mT, size)
         return restore(y).to(u.dtype), restore_state(end.mT)
 
 

@@ -17,12 +17,13 @@ from typing_extensions import Self
 
 from gramian.ops import causal_convolution, rational_kernel
 from gramian.ops.devices import has_float64
+from gramian.ops.lengths import at_most, is_symbol
 from gramian.ops.recursion import all_pole_filter
 from gramian.systems._modal_recurrence import ModalRecurrence, ModalState
 from gramian.systems._recurrence import Recurrence
 from gramian.systems._rounding import delays, warn_of_lost_poles
 from gramian.systems._state import State, check_state
-from gramian.systems._system import STATIC, TimeInvariantSystem, check_tensor
+from gramian.systems._system import STATIC, TimeInvariantSystem, check_tensor, working_dtype
 from gramian.systems.companion import CompanionRecurrence, CompanionState, companion_form
 from gramian.systems.fir import FIR, FIRState
 from gramian.systems.lattice import (
@@ -137,7 +138,7 @@ class TransferFunction(TimeInvariantSystem[Any]):
         order = b.shape[-1]
         if grid <= order:
             raise ValueError(f"the grid must be larger than the order {order}; got {grid}.")
-        length = grid if length is None else min(length, grid)
+        length = at_most(length, grid)
         kernel = rational_kernel(b, a, d, grid, length=max(length, order + 1), dtype=dtype)
         a = a.to(kernel.dtype).expand(b.shape)
         if reflection is not None:
@@ -212,6 +213,12 @@ class TransferFunction(TimeInvariantSystem[Any]):
         series = all_pole_filter(self.a.double(), impulse)
         tail = causal_convolution(series, self.b.double()).to(self.dtype)
         return torch.cat([self.d.unsqueeze(-1), tail], dim=-1)
+
+    def kernel_for(self, u: Tensor, length: int) -> Tensor:
+        taps = self.taps
+        if taps is not None and is_symbol(length) and length <= taps.shape[-1]:
+            return taps.to(working_dtype(u))  # the convolution cuts them
+        return super().kernel_for(u, length)
 
     def poles(self) -> Tensor:
         """Return the zeros of the denominator, computed as eigenvalues of the companion matrix.

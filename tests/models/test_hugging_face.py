@@ -15,6 +15,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    DynamicCache,
     TextIteratorStreamer,
     TextStreamer,
     pipeline,
@@ -425,3 +426,41 @@ def test_forward_can_be_exported(
             traced, computed = graph(**given), model(**given)
             assert traced.get("past_key_values") is None
             torch.testing.assert_close(traced[0], computed[0], atol=2e-5, rtol=1e-5)
+
+
+def test_the_implementation_of_attention(
+    make_config: MakeConfig, make_tokens: MakeTokens, tmp_path: Path
+) -> None:
+    """A hybrid's attention is torch's own, whatever its name; another one is refused."""
+    torch.manual_seed(4)
+    model = GramianForCausalLM(make_config(mixers=["hyena", "softmax_attention"])).eval()
+    model.save_pretrained(tmp_path)
+    tokens = make_tokens(2, 20)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        for name in ("sdpa", "eager"):
+            again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+            assert again.config._attn_implementation == name
+            assert torch.equal(again(tokens).logits, expected)
+    for name in ("flash_attention_2", "flex_attention", "unknown"):
+        refusal = rf"must be \"sdpa\" or \"eager\".* got '{name}'"
+        with pytest.raises(ValueError, match=refusal):
+            AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+        with pytest.raises(ValueError, match=refusal):
+            model.set_attn_implementation(name)
+
+
+def test_a_cache_of_another_kind_is_refused(
+    make_config: MakeConfig, make_tokens: MakeTokens
+) -> None:
+    model = GramianForCausalLM(make_config(mixers=["hyena", "softmax_attention"])).eval()
+    tokens = make_tokens(2, 9)
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    for cache in (DynamicCache(), DynamicCache(config=model.config)):
+        refusal = r"which model\.make_cache\(\) makes; got DynamicCache"
+        with pytest.raises(TypeError, match=refusal):
+            model(tokens, past_key_values=cache)
+        with pytest.raises(TypeError, match=refusal):
+            model.generate(tokens, past_key_values=cache, **settings)
+    made = model.generate(tokens, past_key_values=model.make_cache(), **settings)
+    assert torch.equal(made, model.generate(tokens, **settings))

@@ -1,0 +1,103 @@
+"""One traced graph for batches and sequences of every size, with padding on either side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.export import Dim
+from torch.testing import assert_close
+
+from gramian.models import GramianConfig, GramianForCausalLM, GramianForSequenceClassification
+
+MakeConfig = Callable[..., GramianConfig]
+MakeTokens = Callable[[int, int], torch.Tensor]
+
+FILTERS: dict[str, dict[str, Any]] = {
+    "implicit": {"type": "implicit", "hidden": 16, "embedding_features": 5},
+    "modal": {"type": "modal", "orders": 3},
+    "explicit": {"type": "explicit", "taps": 9},
+    "rtf": {"type": "rtf", "state_size": 4},
+    "spectral": {"type": "spectral", "filters": 4},
+    "s4": {"type": "s4", "state_size": 4},
+}
+KINDS: dict[str, dict[str, Any]] = {
+    **{f"hyena/{name}": {"mixers": "hyena", "filter": filter} for name, filter in FILTERS.items()},
+    "multi_hyena": {"mixers": "multi_hyena"},
+    "long_convolution": {"mixers": "long_convolution", "block": "glu"},
+    "attention": {"mixers": "softmax_attention", "attention": {"kv_heads": 1}},
+    "window": {"mixers": "softmax_attention", "attention": {"kv_heads": 1, "window": 9}},
+    "linear_attention": {"mixers": "linear_attention"},
+    "gated_delta_net": {"mixers": "gated_delta_net"},
+    "s6": {"mixers": "s6"},
+}
+SOME = ("hyena/rtf", "multi_hyena", "window", "linear_attention")
+ROWS, LENGTH = 600, 512  # the longest sequences, and the length with which a graph is traced
+
+
+@pytest.fixture(
+    params=[name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
+)
+def model(request: pytest.FixtureRequest, make_config: MakeConfig) -> GramianForCausalLM:
+    torch.manual_seed(8)
+    settings = {"num_hidden_layers": 1, "max_position_embeddings": 1024} | KINDS[request.param]
+    return GramianForCausalLM(make_config(**settings)).eval()
+
+
+def padded(batch: int, length: int) -> torch.Tensor:
+    """A mask with padding on the left of the first row and on the right of the last."""
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    mask[0, : length // 4] = 0
+    mask[-1, length - length // 3 :] = 0
+    return mask
+
+
+@torch.no_grad()
+def agrees(graph: Any, model: Any, tokens: torch.Tensor, mask: torch.Tensor | None) -> None:
+    inputs = {"input_ids": tokens} | ({} if mask is None else {"attention_mask": mask})
+    traced, computed = graph(**inputs)[0], model(**inputs).logits
+    if mask is not None and computed.ndim == 3:  # what is computed at padding is arbitrary
+        traced, computed = traced[mask == 1], computed[mask == 1]
+    assert_close(traced, computed, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_export(model: GramianForCausalLM, make_tokens: MakeTokens, masked: bool) -> None:
+    open_ = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    inputs, shapes = {"input_ids": make_tokens(2, LENGTH)}, {"input_ids": open_}
+    if masked:
+        inputs["attention_mask"] = torch.ones(2, LENGTH).long()  # nothing is hidden
+        shapes["attention_mask"] = open_
+    with torch.no_grad():
+        graph = torch.export.export(model, (), inputs, dynamic_shapes=shapes).module()
+    for batch, length in ((1, 7), (3, 40), (2, LENGTH), (2, ROWS), (1, 1024)):
+        mask = padded(batch, length) if masked else None
+        agrees(graph, model, make_tokens(batch, length), mask)
+
+
+def test_export_of_a_classifier(make_config: MakeConfig, make_tokens: MakeTokens) -> None:
+    torch.manual_seed(8)
+    config = make_config(mixers=["hyena", "linear_attention"], num_labels=3)
+    model = GramianForSequenceClassification(config).eval()
+    open_ = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    inputs = {"input_ids": make_tokens(2, 17), "attention_mask": torch.ones(2, 17).long()}
+    with torch.no_grad():
+        graph = torch.export.export(
+            model, (), inputs, dynamic_shapes=dict.fromkeys(inputs, open_)
+        ).module()
+    for batch, length in ((1, 7), (3, 33)):
+        agrees(graph, model, make_tokens(batch, length), padded(batch, length))
+
+
+@pytest.mark.slow
+def test_compile(model: GramianForCausalLM, make_tokens: MakeTokens) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    try:
+        for batch, length in ((2, 12), (3, 40), (2, 65)):
+            agrees(compiled, model, make_tokens(batch, length), None)
+            agrees(compiled, model, make_tokens(batch, length), padded(batch, length))
+    finally:
+        torch.compiler.reset()
