@@ -147,6 +147,7 @@ def reduce(
       again. A repeated pole is kept once.
     - "gradient" finds poles and residues by gradient descent, as the Laughing Hyena Distillery does
       (arXiv 2310.18780, section 3.2). It is slow and serves as the baseline.
+      `rational_interpolation` is the baseline in rational form.
 
     With `tol`, the order is doubled until the error is small enough, and is then bisected.
     Afterwards, starting from the order that the closed form needs, lower and lower orders are tried

@@ -37,7 +37,7 @@ _REFLECTION_LIMIT = 1 - 1e-6
 """Reflection coefficients stay below this, so that rounding does not make them 1."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RationalFit:
     """A rational transfer function that was fitted to kernels, and its distance from them.
 
@@ -50,6 +50,14 @@ class RationalFit:
     system: TransferFunction
     relative_error: Tensor
     stable: Tensor
+
+    def __repr__(self) -> str:
+        error = self.relative_error
+        return (
+            f"RationalFit(channels={tuple(error.shape)}, order={self.system.order}, "
+            f"relative_error={float(error.median()):.2e} median, {float(error.max()):.2e} max, "
+            f"unstable={int((~self.stable).sum())})"
+        )
 
 
 @full_precision()

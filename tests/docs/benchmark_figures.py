@@ -469,6 +469,14 @@ def _growth(label: str) -> Callable[[Results], str]:
     return text
 
 
+def _normalized(r: Results) -> str:
+    means = []
+    for factor in (1 / 16, 1, 64):
+        right = [run["accuracy"] for run in r["runs"] if run["normalization"] == factor]
+        means.append(f"{sum(right) / len(right):.2f}")
+    return ", ".join(means)
+
+
 def _lifted(mixer: str) -> Callable[[Results], str]:
     def text(r: Results) -> str:
         means = []
@@ -748,6 +756,7 @@ FIGURES: dict[str, list[Row]] = {
         ("ess_effects_state", _growth("GLA")),
         ("ess_effects_state", _growth("GLA-S6, c = 1")),
         ("ess_effects_state", _growth("GLA-S6, c = n")),
+        ("ess_effects_normalization", _normalized),
         ("ess_effects_regularizer", _lifted("GLA")),
     ],
     "Memory and distillation": [

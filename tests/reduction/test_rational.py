@@ -91,6 +91,7 @@ def test_channels_shapes_and_dtypes(dtype: torch.dtype) -> None:
     assert fit.system.channel_shape == (2, 3) and fit.system.order == 5
     assert fit.system.dtype == dtype
     assert fit.relative_error.shape == fit.stable.shape == (2, 3)
+    assert "channels=(2, 3), order=5" in repr(fit) and "unstable=0" in repr(fit)
     alone = rational_interpolation(kernel[1, 2], 5, Descent(30))
     assert alone.relative_error.shape == ()
     torch.testing.assert_close(alone.relative_error, fit.relative_error[1, 2])
