@@ -27,7 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.analysis._attention import attention_values, eager_attention, read_attention
+from gramian.analysis._attention import (
+    attention_values,
+    eager_attention,
+    read_attention,
+    takes_mask,
+)
 from gramian.analysis._composition import compose, compose_mixer
 from gramian.analysis._far import far_mixers
 from gramian.analysis._inputs import ModelInputs, run_model
@@ -383,7 +388,7 @@ class Recorder:
                 len(maps),
                 lambda channels: DenseOperator(maps[channels]),
                 storage,
-                values=partial(attention_values, call),
+                values=partial(attention_values, call) if takes_mask(call) else None,
             )
         if site.reader == "scan":
             reading = read_scan(call)

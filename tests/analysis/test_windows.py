@@ -197,6 +197,25 @@ def test_values_of_mixers_are_those_that_the_maps_mix() -> None:
         torch.testing.assert_close(found, [mixer(x[None])])
 
 
+class Multihead(torch.nn.Module):
+    """Attention of torch, whose maps are read, but whose mask is not within reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ahead = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+        return self.attention(x, x, x, attn_mask=ahead, need_weights=False)[0]  # type: ignore[no-any-return]
+
+
+def test_attention_that_cannot_have_a_window_has_no_values() -> None:
+    torch.manual_seed(0)
+    found: list[RecordedOperator] = []
+    record_operators(Multihead(), torch.randn(LENGTH, 16), found.append)
+    assert [(x.kind, x.values) for x in found] == [("attention", None)]
+
+
 def test_compiled_models_have_windows_and_analyses_wait() -> None:
     model = model_of("llama", **GROUPED)
     paths = dict.fromkeys(f"model.layers.{k}.self_attn" for k in range(2))

@@ -75,6 +75,15 @@ def test_the_tables_of_the_page_on_tools_and_of_the_guide_to_serving_are_made_fr
     assert fill_marks(guide, {"serving": table}) == guide
 
 
+def test_the_page_on_planning_has_the_tables_of_the_results() -> None:
+    pytest.importorskip("transformers")
+    from benchmarks.planning import tables
+
+    page = (ROOT / "docs/results/planning.md").read_text(encoding="utf-8")
+    for table in tables(load("planning")).split("\n\n")[1:]:
+        assert table in page
+
+
 def test_headline_figures_are_those_of_the_results() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     speed = load("reduction")["speed"]
