@@ -28,6 +28,11 @@ import gramian
 assert gramian.__file__.startswith(sys.prefix), gramian.__file__
 sums = gramian.causal_convolution(torch.ones(1, 8), torch.ones(1, 8))
 torch.testing.assert_close(sums, torch.arange(1.0, 9.0)[None])
+for name in gramian.__all__:  # what needs an extra says so where it is used
+    getattr(gramian, name)
+one = torch.ones(1, 1, dtype=torch.complex64)
+size = gramian.effective_state_size(gramian.Modal(one / 2, one, torch.ones(1)), at=[4])
+torch.testing.assert_close(size, torch.ones(1, 1))
 extras = [name for name in ("transformers", "typer", "datasets") if importlib.util.find_spec(name)]
 assert not extras, extras
 """

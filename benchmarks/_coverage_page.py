@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from typing import Any
+
+from benchmarks._pages import fill_marks, plain, table
 
 VERDICTS = ("read", "in part", "named", "silent", "wrong", "raises", "not causal", "not built")
 
@@ -79,7 +80,7 @@ def blocks(results: dict[str, Any]) -> dict[str, str]:
         ("largest difference of outputs", digits(total["largest_output_error"])),
     ]
     others = [
-        f"- {row['type']} ({row['verdict']}): {_plain(row['reason'])}"
+        f"- {row['type']} ({row['verdict']}): {plain(row['reason'])}"
         for row in results["rows"]
         if row["verdict"] != "read"
     ]
@@ -96,14 +97,7 @@ def fill(text: str, results: dict[str, Any]) -> str:
     Raises:
         ValueError: if the page lacks a mark.
     """
-    for name, block in blocks(results).items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        head, _, rest = text.partition(begin)
-        _, found, tail = rest.partition(end)
-        if not found:
-            raise ValueError(f"the page has no marks for {name}.")
-        text = f"{head}{begin}{block}\n{end}{tail}"
-    return text
+    return fill_marks(text, blocks(results))
 
 
 _VERDICTS = {
@@ -134,20 +128,8 @@ def _line(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def digits(value: float | None) -> str:
     """Return an error with one digit; nothing for None."""
     if value is None:
         return ""
     return f"{value:.0e}".replace("e-0", "e-").replace("e+00", "") if value else "0"
-
-
-def _plain(text: str) -> str:
-    """Return a text without what Markdown would take for markup."""
-    text = re.sub(r"\s+", " ", text)
-    return re.sub(r"([*_<`|\[\]])", r"\\\1", text)

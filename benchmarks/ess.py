@@ -144,7 +144,7 @@ def recurrence(repeats: int = 5, samples: int = 17) -> dict[str, Any]:
         times.append(seconds(lambda i=i, v=values: v.append(torch.linalg.svdvals(T[i:, :i]))))
         expected = entropy(values[0].numpy())
         errors.append(abs(float(sizes[k]) - expected) / expected)
-    blocks = float(np.trapezoid(times, positions))
+    blocks = float(torch.trapezoid(torch.tensor(times), torch.tensor(positions)))
     print(
         f"  {min(ours):.2f} s (best of {repeats}), SVDs {blocks:.0f} s extrapolated from {samples} "
         f"positions: {blocks / min(ours):.0f} times; entropies within {max(errors):.1e}"

@@ -9,13 +9,15 @@ sequences. Each part looks for one of three effects in Parnichkun et al. 2025 (a
   mixers are gated, weighted and plain linear attention (GLA, WLA, LA) and softmax attention (SA).
 - state: if the state grows, does the ESS of S6 stall while the ESS of GLA grows, and does GLA-S6's
   normalisation of its rates repair this?
+- normalization: if the factor c that divides GLA-S6's rates is swept, does a larger c give a larger
+  ESS before training, and a higher accuracy after it?
 - regularizer: does the penalty λ‖A - I‖ improve GLA and WLA models whose gates forget too fast?
 
 Every training is short. Each batch contains new sequences, of between one pair and all pairs, so
 that the model begins to learn early. Accuracy and ESS are measured on sequences with all pairs. ESS
 is averaged over positions, heads and sequences. All results are written, whatever they are.
 
-    python benchmarks/ess_effects.py [--part recall|state|regularizer] [--seeds N] [--runs FOLDER]
+    python benchmarks/ess_effects.py [--part PART] [--seeds N] [--runs FOLDER]
 
 The result of every training is stored in the folder `--runs`. If the benchmark is interrupted, the
 same command continues it. `--document` writes the tables, and `--figures` writes the figures.
@@ -77,6 +79,7 @@ RATE = 1e-2
 LONGER = 1.5  # factor of the steps of softmax attention, and of the part regularizer
 EVALUATED = 512  # sequences on which accuracy is measured
 MEASURED = 16  # sequences × channels on which state-sizes are measured, at least one sequence
+FACTORS = (1 / 16, 1 / 4, 1.0, 4.0, 16.0, 64.0)  # values of c in the part normalization
 UNTRAINED = 5  # number of seeds of models that are measured without training
 
 Run = dict[str, Any]
@@ -119,6 +122,7 @@ def settings(part: str, steps: int, seeds: int) -> list[Setting]:
         ]
     more = round(LONGER * steps)
     for seed in range(seeds):
+        common: dict[str, Any]
         if part == "recall":
             for pairs in (8, 4, 2):
                 common = {"pairs": pairs, "length": 32, "seed": seed}
@@ -133,6 +137,12 @@ def settings(part: str, steps: int, seeds: int) -> list[Setting]:
                 Setting(mixer=m, state=n, pairs=8, length=62, steps=steps, seed=seed, **options)
                 for n in (4, 8, 16, 32)
                 for m, options in KINDS
+            ]
+        elif part == "normalization":
+            common = {"mixer": "GLA-S6", "state": 32, "pairs": 8, "length": 62}
+            found += [
+                Setting(steps=steps, seed=seed, normalization=factor, **common)
+                for factor in FACTORS
             ]
         else:
             found += [
@@ -393,6 +403,20 @@ def state_table(runs: Sequence[Run]) -> str:
     return f"{first}\n\n{markdown(header, rows)}"
 
 
+def normalization_table(runs: Sequence[Run]) -> str:
+    """Make the table of ESS and accuracy against GLA-S6's factor, which has one row for each."""
+    rows = [
+        [
+            f"{row['normalization']:g}",
+            f"{row['ess_before']:.2f}",
+            f"{row['ess']:.2f}",
+            spread(row["accuracies"]),
+        ]
+        for row in averages(runs, "normalization")
+    ]
+    return markdown(["c", "ESS before training", "after", "accuracy"], rows)
+
+
 def regularizer_table(runs: Sequence[Run]) -> str:
     rows = [
         [
@@ -415,7 +439,7 @@ def _label_order(row: Run) -> tuple[int, float]:
 
 
 def figures_of(part: str, runs: Sequence[Run]) -> dict[str, "Figure"]:
-    """Draw the figures of a part, and return them by name."""
+    """Draw the figures of a part other than normalization, and return them by name."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -522,8 +546,13 @@ def _finish(axes: Any, title: str, x: str, y: str) -> None:
     axes.grid(True, alpha=0.25, linewidth=0.5)
 
 
-SEEDS = {"recall": 2, "state": 2, "regularizer": 3}
-TABLES = {"recall": recall_table, "state": state_table, "regularizer": regularizer_table}
+SEEDS = {"recall": 2, "state": 2, "normalization": 3, "regularizer": 3}
+TABLES = {
+    "recall": recall_table,
+    "state": state_table,
+    "normalization": normalization_table,
+    "regularizer": regularizer_table,
+}
 
 
 def document(path: Path, part: str, table: str) -> None:
@@ -563,7 +592,7 @@ def main() -> None:
         write(arguments.output / f"ess_effects_{part}.json", results)
         if arguments.document is not None:
             document(arguments.document, part, table)
-        if arguments.figures is not None:
+        if arguments.figures is not None and part != "normalization":
             for name, figure in figures_of(part, runs).items():
                 save_figure(figure, arguments.figures / f"{name}.png")
 

@@ -9,6 +9,7 @@ __all__ = [
     "check_divides",
     "check_integers",
     "check_not_negative",
+    "check_positive",
     "check_probability",
     "check_sizes",
 ]
@@ -46,6 +47,17 @@ def check_not_negative(**values: object) -> None:
             raise ValueError(f"{name} must be a finite number of at least 0; got {value!r}.")
 
 
+def check_positive(**values: object) -> None:
+    """Raise a ValueError unless every value is a finite number above 0.
+
+    Args:
+        values: the values by their names, which the message uses.
+    """
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be a finite number above 0; got {value!r}.")
+
+
 def check_probability(name: str, value: float) -> float:
     """Return `value` as a float. Raise a ValueError unless it is a probability below 1."""
     if not isinstance(value, int | float) or not 0 <= value < 1:
@@ -59,13 +71,13 @@ def check_divides(name: str, parts: int, width: int) -> None:
         raise ValueError(f"{name} must divide the width {width}; got {parts}.")
 
 
-def check_choice(name: str, value: object, accepted: Iterable[str], where: str = "") -> None:
-    """Raise a ValueError unless `value` is among the accepted names.
+def check_choice(name: str, value: object, accepted: Iterable[object], where: str = "") -> None:
+    """Raise a ValueError unless `value` is among the accepted values.
 
     Args:
         name: name of the value in the message.
         value: the given value.
-        accepted: the accepted names.
+        accepted: the accepted values.
         where: text that follows the accepted names in the message, such as " in 'glu' blocks".
     """
     choices = tuple(accepted)

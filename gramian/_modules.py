@@ -1,18 +1,39 @@
-"""Keep modules in single precision, and put models in a mode for a while."""
+"""Keep modules in single precision, refuse TorchScript, and put models in a mode for a while."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-__all__ = ["SinglePrecisionModule", "in_mode"]
+__all__ = ["NoTorchScript", "SinglePrecisionModule", "in_mode"]
 
 
-class SinglePrecisionModule(nn.Module):
+class NoTorchScript:
+    """A base class of modules that TorchScript cannot compile, and that say so.
+
+    A trace would be wrong at other lengths than that of its example, because the sizes of the
+    Fourier transforms follow from the length.
+    """
+
+    def __prepare_scriptable__(self) -> NoReturn:  # `torch.jit.script` calls it
+        raise NotImplementedError(self._refusal())
+
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> NoReturn:  # what is called in a trace
+        raise NotImplementedError(self._refusal())
+
+    def _refusal(self) -> str:
+        return (
+            f"{type(self).__name__} cannot be a TorchScript program: use torch.compile, "
+            "torch.export or gramian.export."
+        )
+
+
+class SinglePrecisionModule(NoTorchScript, nn.Module):
     """A module whose tensors stay in float32 when the model around it is cast to half precision."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -29,12 +29,34 @@ WORKFLOWS = {
 
 def test_the_version_has_one_source() -> None:
     assert "version" not in PROJECT
-    assert PROJECT["dynamic"] == ["version"]
+    assert "version" in PROJECT["dynamic"]
     source = (ROOT / SETTINGS["tool"]["hatch"]["version"]["path"]).read_text(encoding="utf-8")
     assert re.findall(r'^__version__ = "(.*)"$', source, flags=re.MULTILINE) == [
         gramian.__version__
     ]
     assert "version:" not in (ROOT / "CITATION.cff").read_text(encoding="utf-8").split("\n", 1)[1]
+
+
+def test_the_page_on_pypi_has_links_that_work_there() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    relative = set(re.findall(r"\]\((?!https?:)([^)]+)\)", text))
+    assert {"docs/tutorial.md", "docs/figures/cost.png"} <= relative
+    hook = SETTINGS["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    for rule in hook["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert all(link.startswith("https://") for link in links)
+    repository = PROJECT["urls"]["Repository"]
+    pages, files = f"{repository}/blob/main/", repository.replace("github", "raw.githubusercontent")
+    assert {f"{pages}{name}" for name in relative if name.endswith(".md")} <= {*links}
+    assert f"{files}/main/docs/figures/cost.png" in links
+    assert all((ROOT / name).is_file() for name in relative)
+
+
+def test_the_source_distribution_has_every_tracked_file() -> None:
+    """The tests read the documentation, the recipes and the benchmarks."""
+    assert "sdist" not in SETTINGS["tool"]["hatch"]["build"]["targets"]
+    assert "fancy-pypi-readme" in SETTINGS["build-system"]["requires"][0]
 
 
 def lower_bound(requirements: list[str], name: str) -> str:

@@ -12,9 +12,12 @@ from gramian.analysis._modulation import (
     special_tokens,
 )
 from gramian.analysis._opening import open_model
+from gramian.analysis._operators import record_operators
 from gramian.analysis._ranking import LayerRanking, RankedLayer
+from gramian.analysis._recording import RecordedOperator
 from gramian.analysis._report import LayerState, StateReport
 from gramian.analysis._storage import Storage
+from gramian.analysis._windows import window_attention, window_maps
 
 __all__ = [
     "DelimiterModulation",
@@ -23,6 +26,7 @@ __all__ = [
     "LayerSummary",
     "ModulationReport",
     "RankedLayer",
+    "RecordedOperator",
     "Spread",
     "StateComparison",
     "StateReport",
@@ -35,6 +39,9 @@ __all__ = [
     "layer_frame",
     "measure_modulation",
     "open_model",
+    "record_operators",
     "special_tokens",
     "state_frame",
+    "window_attention",
+    "window_maps",
 ]

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gramian._modules import in_mode
 from gramian.analysis._inputs import (
-    check_causal,
     check_inputs,
     check_model,
     model_name,
@@ -23,6 +18,7 @@ from gramian.analysis._inputs import (
     token_texts,
 )
 from gramian.analysis._measuring import check_tolerance, joined, measure_layer
+from gramian.analysis._operators import record
 from gramian.analysis._recording import RecordedOperator, Recorder
 from gramian.analysis._report import LayerState, StateReport
 from gramian.ess import effective_state_size
@@ -32,11 +28,6 @@ __all__ = ["analyze"]
 
 _LONG = 1024
 """The length from which on attention is read by rows, if its state-sizes may be estimated."""
-
-# What an analysis changes belongs to the process: functions of modeling files, forwards and modes
-# of modules, random numbers, and the stance of `torch.compile`. If analyses overlapped, each would
-# put back what the other had changed. A callback that analyzes a part does not wait for itself.
-_one_at_a_time = threading.RLock()
 
 
 @full_precision()
@@ -155,14 +146,8 @@ def analyze(
     joins = include == "mixer"
     long = None if tolerance is None or joins else _LONG  # maps are joined as a whole
     recorder = Recorder(model, visit, joins, long)
-    with _one_at_a_time, _uncompiled(), in_mode(model, training=False), torch.no_grad():
-        started = time.perf_counter()
-        recorder.record(given)
-        if not layers:
-            check_causal(model, given)
-    unread = recorder.unread()
-    if not layers and not unread:
-        raise ValueError(f"{type(model).__name__} has no layer that is known to mix tokens.")
+    started = time.perf_counter()
+    unread = record(recorder, given)
     return StateReport(
         model=model_name(model),
         layers=tuple(joined(layers)),
@@ -175,13 +160,3 @@ def analyze(
         seconds=time.perf_counter() - started,
         include=include,
     )
-
-
-@contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Run what `torch.compile` has compiled as it was before, so that its calls can be followed."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield

@@ -21,7 +21,7 @@ from gramian.analysis._storage import Storage
 from gramian.analysis._tracing import Call
 from gramian.analysis._values import copied
 
-__all__ = ["ATTENTION", "eager_attention", "read_attention"]
+__all__ = ["ATTENTION", "attention_values", "eager_attention", "read_attention", "takes_mask"]
 
 ATTENTION = "eager_attention_forward"
 """Name that transformers' modeling files give to the attention function that they fall back to."""
@@ -112,6 +112,24 @@ def read_attention(call: Call) -> tuple[Tensor, Storage]:
         raise Unreadable("it is not causal: it looks ahead.")
     group = weights.shape[1] // value.shape[1]
     return weights[0].detach(), Storage(value.shape[-1], key.shape[-1], group, itemsize)
+
+
+def takes_mask(call: Call) -> bool:
+    """Return whether a call is one of the function `ATTENTION`, and takes a mask."""
+    function = call.key[:2] == ("function", ATTENTION)
+    return function and "attention_mask" in inspect.signature(call.function).parameters
+
+
+def attention_values(call: Call) -> Tensor:
+    """Return the values (heads, L, N) to which a call that `read_attention` reads applies its maps.
+
+    Half precision is widened, as the maps are.
+    """
+    args, kwargs = call.inputs
+    query, _, value = list(inspect.signature(call.function).bind(*args, **kwargs).args)[1:4]
+    value = value[0].to(torch.promote_types(value.dtype, torch.float32))
+    widened: Tensor = value.repeat_interleave(query.shape[1] // len(value), dim=0)
+    return widened
 
 
 def _gives(weights: Tensor, value: Tensor, output: Tensor) -> bool:

@@ -27,7 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.analysis._attention import eager_attention, read_attention
+from gramian.analysis._attention import (
+    attention_values,
+    eager_attention,
+    read_attention,
+    takes_mask,
+)
 from gramian.analysis._composition import compose, compose_mixer
 from gramian.analysis._far import far_mixers
 from gramian.analysis._inputs import ModelInputs, run_model
@@ -49,7 +54,7 @@ from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
 from gramian.analysis._tracing import Call, Frame, Key, Operations, Tracer, own_methods
 from gramian.analysis._values import copied, leaves_of
 from gramian.ess import RowOperator
-from gramian.mixers import LinearRecurrence, Mixer, ShortConvolution
+from gramian.mixers import LinearRecurrence, Mixer, ShortConvolution, SoftmaxAttention
 from gramian.systems import FIR, DenseOperator, System
 
 __all__ = ["RecordedOperator", "Recorder"]
@@ -76,6 +81,8 @@ class RecordedOperator:
             which they cannot be read; None if the system says what its state is.
         states: what the states of a recurrence hold; None if the layer has no such states.
         auxiliary: whether this is a short convolution of a layer with another operator.
+        values: function that returns the values to which attention applies its maps, (count, L, N),
+            if its maps can be narrowed to a window by `window_attention`; otherwise None.
     """
 
     name: str
@@ -88,6 +95,7 @@ class RecordedOperator:
     orders: Tensor | None = None
     states: States | None = None
     auxiliary: bool = False
+    values: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ class _Operator:
     storage: Storage | None = None
     orders: Tensor | None = None
     states: States | None = None
+    values: Callable[[], Tensor] | None = None
 
 
 @dataclass
@@ -138,6 +147,7 @@ class Recorder:
     Attributes:
         plans: the plan of every module that mixes positions by itself, by its path, as soon as they
             are known.
+        visits: the number of operators that were passed to the visitor.
     """
 
     def __init__(
@@ -149,6 +159,7 @@ class Recorder:
     ) -> None:
         self.model, self.joins, self.long = model, joins, long
         self.visit = visit
+        self.visits = 0
         self.plans: dict[str, Plan] = {}
         self.ran: dict[str, int] = Counter()
         self.refused: dict[str, str] = {}
@@ -373,7 +384,12 @@ class Recorder:
                 raise Unreadable(
                     f"it maps {maps.shape[-1]} positions, and the text has {self._length}."
                 )
-            return _Operator(len(maps), lambda channels: DenseOperator(maps[channels]), storage)
+            return _Operator(
+                len(maps),
+                lambda channels: DenseOperator(maps[channels]),
+                storage,
+                values=partial(attention_values, call) if takes_mask(call) else None,
+            )
         if site.reader == "scan":
             reading = read_scan(call)
             sizes = [x.element_size() for x in leaves_of(call.result) if isinstance(x, Tensor)]
@@ -430,6 +446,7 @@ class Recorder:
             mixer_storage(module, x.element_size()),
             mixer_orders(module, x.shape[1]),
             mixer_states(module, x),
+            _mixer_values(module, x),
         )
         convolutions = [
             (name, child)
@@ -456,6 +473,7 @@ class Recorder:
             name = f"{name} (run {self.ran[plan.path]})"
         if site.reader != "mixer" and _is_secondary(plan, site):
             name = f"{name} ({site.key[1]})"
+        self.visits += 1
         self.visit(
             RecordedOperator(
                 name,
@@ -468,6 +486,7 @@ class Recorder:
                 operator.orders,
                 operator.states,
                 auxiliary=bool(child) or self._is_auxiliary(plan, site),
+                values=operator.values,
             )
         )
 
@@ -487,6 +506,19 @@ def _is_secondary(plan: Plan, site: Site) -> bool:
     """Return whether a module has other operators than those of this kind, and they come first."""
     kinds = {other.kind for other in plan.sites}
     return site.kind == "convolution" and len(kinds) > 1
+
+
+def _mixer_values(mixer: Mixer, x: Tensor) -> Callable[[], Tensor] | None:
+    """Return a function that computes the values of attention, (heads, L, N), or None."""
+    if not isinstance(mixer, SoftmaxAttention):
+        return None
+
+    def values() -> Tensor:
+        _, _, v = mixer.project(x, torch.arange(x.shape[1], device=x.device)[None])
+        group = mixer.heads // mixer.kv_heads
+        return v[0].to(torch.promote_types(v.dtype, torch.float32)).repeat_interleave(group, 0)
+
+    return values
 
 
 def _is_mixer(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -99,17 +99,24 @@ class Format(abc.ABC):
         """
 
     @abc.abstractmethod
-    def translate(self, weights: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
-        """Return the state dict of the Gramian model, and remove the used tensors from `weights`.
+    def translate(self, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Yield the state dict of the Gramian model in parts, one for each layer and for the rest.
+
+        Only one part is in memory at a time if the model is converted. So a part should hold the
+        tensors of one layer, and no tensor should be kept while the next part is made.
 
         Args:
-            weights: the checkpoint's tensors by their stripped names.
-            progress: a function to call as `progress(layers done, all layers)` after each layer.
+            weights: the checkpoint's tensors by their stripped names. They may be read from files
+                each time that they are looked up.
         """
 
     @abc.abstractmethod
     def model_config(self, weights: Mapping[str, Tensor]) -> GramianConfig:
-        """Return the configuration of the Gramian model. `load` calls this before `translate`."""
+        """Return the configuration of the Gramian model. It is needed before `translate`.
+
+        Args:
+            weights: the checkpoint's tensors, as for `translate`.
+        """
 
     def model_class(self) -> type[GramianPreTrainedModel]:
         """Return the class of the Gramian model; by default, the class of language models."""

@@ -1,8 +1,11 @@
-"""Load checkpoints: recognize the format, check names and shapes, translate, build the model."""
+"""Load checkpoints: recognize the format, check names and shapes, translate, build the model.
+
+Checkpoints are opened and translated here for `convert`, too, which builds no model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,15 +15,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gramian.checkpoints._format import FORMATS, Format, Progress, compare
 from gramian.checkpoints.files import (
+    Weights,
     find_config,
-    read_checkpoint,
+    open_checkpoint,
     read_config,
     read_inner_config,
 )
 from gramian.checkpoints.published import PUBLISHED, published_config
 from gramian.models import GramianPreTrainedModel
 
-__all__ = ["LoadedCheckpoint", "load"]
+__all__ = ["LoadedCheckpoint", "find_tokenizer", "load", "open_source", "translated"]
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -85,47 +89,87 @@ def load(
             unexpected or misshapen. In the last case, the message names the tensors.
     """
     path = Path(path)
+    source, stored = open_source(path, config, format, fp8)
+    weights = stored.mapped()
+    dtype = weights[source.embedding].dtype if dtype is None else dtype
+    model_config = source.model_config(weights)
+    state: dict[str, Tensor] = {}
+    for part in translated(source, weights, progress):
+        state |= part
+    model, info = source.model_class().from_pretrained(
+        None, config=model_config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    if any(info.values()):  # the format has a bug; never return random weights
+        raise RuntimeError(f"{source.name} was not translated whole: {info}")
+    model.eval()
+    return LoadedCheckpoint(model, find_tokenizer(source, path, model), source.name)
+
+
+def open_source(
+    path: Path,
+    config: Mapping[str, Any] | str | Path | None,
+    format: str | None,
+    fp8: bool | None,
+) -> tuple[Format, Weights]:
+    """Open a checkpoint, and check that it fits its configuration.
+
+    The arguments and errors are those of `load`.
+
+    Returns:
+        The checkpoint's format, ready to translate, and its tensors by their stripped names.
+    """
     if format is not None and format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(map(repr, FORMATS))}; got {format!r}.")
-    weights, states = read_checkpoint(path)
-    if not any(cls.strip(weights) for cls in FORMATS.values()):
+    stored, states = open_checkpoint(path)
+    if not any(cls.strip(stored) for cls in FORMATS.values()):
         raise ValueError(
             f"{path} is no checkpoint of {', '.join(FORMATS)}: its keys are "
-            f"{', '.join(sorted(weights)[:5])}{', …' if len(weights) > 5 else ''}."
+            f"{', '.join(sorted(stored)[:5])}{', …' if len(stored) > 5 else ''}."
         )
     settings = _settings(path, config)
-    cls = _recognize(path, weights, settings, format)
-    names = cls.strip(weights)
+    cls = _recognize(path, stored, settings, format)
+    names = cls.strip(stored)
     assert names is not None
     if states and not cls.reads_states:
         raise ValueError(
             f"{path} must hold tensors by name; {next(iter(states))!r} is a byte stream, which "
             f"checkpoints of format {cls.name} do not have."
         )
-    weights = {stripped: weights.pop(name) for name, stripped in names.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    source = cls(shapes, settings)
-    compare(
-        f"{path}, taken for a checkpoint of format {cls.name},", names, shapes, source.expected()
-    )
-
-    for name, tensor in weights.items():
-        if tensor.untyped_storage().nbytes() > tensor.nbytes:  # a view of something larger
-            weights[name] = tensor.clone()
+    weights = stored.renamed(names)
+    source = cls(weights.shapes, settings)
+    what = f"{path}, taken for a checkpoint of format {cls.name},"
+    compare(what, names, weights.shapes, source.expected())
     source.read_states(_strip_states(cls, states), fp8)
-    dtype = weights[cls.embedding].dtype if dtype is None else dtype
-    model_config = source.model_config(weights)
-    state = source.translate(weights, progress or (lambda done, total: None))
-    model, info = source.model_class().from_pretrained(
-        None, config=model_config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
-    if any(info.values()):  # the format has a bug; never return random weights
-        raise RuntimeError(f"{cls.name} was not translated whole: {info}")
-    model.eval()
+    return source, weights
+
+
+def translated(
+    source: Format, weights: Mapping[str, Tensor], progress: Progress | None
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the parts of the Gramian model's state dict, and call `progress` after each layer."""
+    done = 0
+    for part in source.translate(weights):
+        has_layer = any(name.startswith("model.layers.") for name in part)
+        yield part
+        if has_layer and progress is not None:
+            done += 1
+            progress(done, source.layers)
+
+
+def find_tokenizer(
+    source: Format, path: Path, model: GramianPreTrainedModel
+) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a checkpoint, or None if no tokenizer is known.
+
+    If the model's vocabulary is larger than that of the tokenizer, as it is if it is padded to a
+    round size, the model's `generation_config` is changed, so that `generate` does not choose ids
+    that have no token.
+    """
     tokenizer = source.tokenizer() or _own_tokenizer(path)
-    if tokenizer is not None:
-        _suppress_ids_without_tokens(model, len(tokenizer))
-    return LoadedCheckpoint(model, tokenizer, cls.name)
+    size = model.config.vocab_size
+    if tokenizer is not None and model.can_generate() and len(tokenizer) < size:
+        model.generation_config.suppress_tokens = list(range(len(tokenizer), size))
+    return tokenizer
 
 
 def _strip_states(cls: type[Format], states: Mapping[str, bytes | None]) -> dict[str, bytes | None]:
@@ -160,7 +204,7 @@ def _settings(path: Path, config: Mapping[str, Any] | str | Path | None) -> Mapp
 
 
 def _recognize(
-    path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], format: str | None
+    path: Path, weights: Weights, config: Mapping[str, Any], format: str | None
 ) -> type[Format]:
     """Return the format to which a checkpoint's keys belong.
 
@@ -188,17 +232,3 @@ def _own_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError):  # a tokenizer with its own code, or a broken one
         return None
-
-
-def _suppress_ids_without_tokens(model: GramianPreTrainedModel, tokens: int) -> None:
-    """Prevent `generate` from choosing ids that have no token.
-
-    Vocabularies have such ids if they are padded to a round size.
-
-    Args:
-        model: the model. Its `generation_config` is changed.
-        tokens: number of tokens of the tokenizer.
-    """
-    if model.can_generate() and tokens < model.config.vocab_size:
-        rows = list(range(tokens, model.config.vocab_size))
-        model.generation_config.suppress_tokens = rows

@@ -8,7 +8,7 @@ In some files these are rounded to bfloat16, and the published model uses the ro
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 from gramian.checkpoints._format import (
     Format,
-    Progress,
     Shapes,
     has_head,
     refuse_unless,
     setting,
     size,
+    tied,
 )
 from gramian.checkpoints.tokenizers import EvoTokenizer
 
@@ -179,40 +179,39 @@ class StripedFormat(Format):
             mixer["rotary_frequencies"] = stored.double().tolist()
         return mixer
 
-    def translate(self, weights: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
-        embedding = weights.pop(EMBEDDING)
-        state = {
-            "model.embed_tokens.weight": embedding,
-            "lm_head.weight": self.take_head(weights, embedding),
-            "model.norm.weight": weights.pop("norm.scale"),
-        }
+    def translate(self, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        yield {"model.embed_tokens.weight": weights[EMBEDDING]}
+        if not self.is_tied(weights):
+            yield {"lm_head.weight": weights[HEAD]}
+        yield {"model.norm.weight": weights["norm.scale"]}
         for i in range(self.layers):
-            block, ours = f"blocks.{i}.", f"model.layers.{i}."
-            names = {
-                "pre_norm.scale": "mixer_norm.weight",
-                "post_norm.scale": "mlp_norm.weight",
-                "mlp.l1.weight": "mlp.gate_proj.weight",
-                "mlp.l2.weight": "mlp.up_proj.weight",
-                "mlp.l3.weight": "mlp.down_proj.weight",
-            }
-            state |= {ours + name: weights.pop(block + theirs) for theirs, name in names.items()}
-            if i in self.attention:
-                mixer = self._attend(weights, block)
-            else:
-                mixer = self.translate_hyena(weights, i, block)
-            state |= {f"{ours}mixer.{name}": value for name, value in mixer.items()}
-            progress(i + 1, self.layers)
-        return state
+            yield self._translate_layer(weights, i)
 
-    def take_head(self, weights: dict[str, Tensor], embedding: Tensor) -> Tensor:
-        """Remove the output projection from `weights` and return it."""
-        return weights.pop(HEAD, embedding)
+    def is_tied(self, weights: Mapping[str, Tensor]) -> bool:
+        """Return whether the output projection of the model is its embedding."""
+        return tied(self.config, weights, EMBEDDING, HEAD)
+
+    def _translate_layer(self, weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
+        block, ours = f"blocks.{layer}.", f"model.layers.{layer}."
+        names = {
+            "pre_norm.scale": "mixer_norm.weight",
+            "post_norm.scale": "mlp_norm.weight",
+            "mlp.l1.weight": "mlp.gate_proj.weight",
+            "mlp.l2.weight": "mlp.up_proj.weight",
+            "mlp.l3.weight": "mlp.down_proj.weight",
+        }
+        state = {ours + name: weights[block + theirs] for theirs, name in names.items()}
+        if layer in self.attention:
+            mixer = self._attend(weights, block)
+        else:
+            mixer = self.translate_hyena(weights, layer, block)
+        return state | {f"{ours}mixer.{name}": value for name, value in mixer.items()}
 
     @abc.abstractmethod
     def translate_hyena(
-        self, weights: dict[str, Tensor], layer: int, block: str
+        self, weights: Mapping[str, Tensor], layer: int, block: str
     ) -> dict[str, Tensor]:
-        """Return the state dict of a Gramian mixer, and remove the used tensors from `weights`."""
+        """Return the state dict of a Gramian mixer."""
 
     def attention_rows(self) -> Tensor | None:
         """Return the indices in the checkpoint of the rows of all queries, then keys, then values.
@@ -221,16 +220,15 @@ class StripedFormat(Format):
         """
         return None
 
-    def _attend(self, weights: dict[str, Tensor], block: str) -> dict[str, Tensor]:
+    def _attend(self, weights: Mapping[str, Tensor], block: str) -> dict[str, Tensor]:
         theirs = f"{block}inner_mha_cls."
-        weights.pop(f"{block}{_FREQUENCIES}", None)
         rows = self.attention_rows()
         state = {}
         for kind in ("weight", "bias"):
-            stored = weights.pop(f"{theirs}Wqkv.{kind}", None)
+            stored = weights.get(f"{theirs}Wqkv.{kind}")
             if stored is not None:
                 state[f"in_proj.{kind}"] = stored if rows is None else stored[rows]
-            stored = weights.pop(f"{theirs}out_proj.{kind}", None)
+            stored = weights.get(f"{theirs}out_proj.{kind}")
             if stored is not None:
                 state[f"out_proj.{kind}"] = stored
         return state

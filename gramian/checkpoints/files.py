@@ -9,13 +9,18 @@ streams under names that end in `_extra_state`. These are kept as bytes. If a fi
 other function or class, reading fails before a single object is made.
 
 A file that was split into `NAME.part0`, `NAME.part1` and so on is read as if it were joined.
+
+`open_checkpoint` reads names, shapes and places. The values of a tensor are read when the tensor is
+used, so that a checkpoint may be larger than the memory.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import pickle
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,18 +28,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_bytes
-from safetensors.torch import load_file
 from torch import Tensor
 
 from gramian._hashing import hash_file
+from gramian._safetensors import as_bytes, read_header
 
 __all__ = [
     "Stored",
+    "Weights",
     "find_config",
     "hash_weights",
-    "read_checkpoint",
+    "open_checkpoint",
     "read_config",
     "read_inner_config",
     "read_tensors",
@@ -70,21 +74,140 @@ _BOOKKEEPING_TYPES = {
 }
 
 
+class _Place(NamedTuple):
+    """The place of a tensor in a file.
+
+    Attributes:
+        file: the file. If it was split into parts, its name without the suffix of the parts.
+        offset: number of bytes before the first element.
+        dtype: dtype of the tensor.
+        shape: shape of the tensor.
+        stride: strides of the tensor, in elements.
+    """
+
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes from the first element to the end of the last one."""
+        if 0 in self.shape:
+            return 0
+        steps = ((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        return self.dtype.itemsize * (1 + sum(steps))
+
+    def read(self) -> Tensor:
+        """Return the tensor, in memory of its own.
+
+        Raises:
+            ValueError: if the file ends before the tensor does.
+        """
+        elements = torch.empty(self.nbytes, dtype=torch.uint8)
+        with _opened(self.file) as stream:
+            stream.seek(self.offset)
+            if stream.readinto(as_bytes(elements)) != self.nbytes:
+                raise ValueError(f"{self.file} cannot be read: it ends within a tensor.")
+        return elements.view(self.dtype).as_strided(self.shape, self.stride).contiguous()
+
+    def map(self, storage: torch.UntypedStorage) -> Tensor:
+        """Return the tensor as a part of the whole file's bytes."""
+        own = storage[self.offset : self.offset + self.nbytes]
+        return torch.empty(0, dtype=self.dtype).set_(own, 0, self.shape, self.stride)
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by their names, on the CPU.
+
+    A tensor is read from its file each time that it is looked up. Names, shapes and membership are
+    known without reading.
+    """
+
+    def __init__(self, places: Mapping[str, _Place | Tensor]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> Tensor:
+        place = self._places[name]
+        return place if isinstance(place, Tensor) else place.read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """A mapping from names to shapes."""
+        return {name: tuple(place.shape) for name, place in self._places.items()}
+
+    def renamed(self, names: Mapping[str, str]) -> Weights:
+        """Return the tensors that `names` maps to their new names, under these."""
+        return Weights({new: self._places[old] for old, new in names.items()})
+
+    def joined(self, others: Weights) -> Weights:
+        """Return these tensors and others. If both have a name, the other tensor is returned."""
+        return Weights({**self._places, **others._places})
+
+    def mapped(self) -> dict[str, Tensor]:
+        """Return all tensors, mapped from their files where that is possible.
+
+        The system reads the pages of a mapped tensor when they are used, and may drop them again.
+        A file that was split into parts cannot be mapped.
+
+        Raises:
+            ValueError: if the system refuses to map a file. Linux does if the file is larger than
+                the memory.
+        """
+        storages: dict[Path, torch.UntypedStorage] = {}
+        found = {}
+        for name, place in self._places.items():
+            if (
+                isinstance(place, Tensor)
+                or place.offset % place.dtype.itemsize
+                or _parts(place.file)
+            ):
+                found[name] = self[name]
+                continue
+            if place.file not in storages:
+                storages[place.file] = _map(place.file)
+            found[name] = place.map(storages[place.file])
+        return found
+
+
+def _map(file: Path) -> torch.UntypedStorage:
+    """Map a file into memory; changes of the memory do not change the file."""
+    size = file.stat().st_size
+    try:
+        storage: Any = torch.UntypedStorage.from_file(str(file), False, size)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{file} cannot be mapped into memory ({first_line(error)[:-1]}); gramian convert "
+            "reads it layer by layer."
+        ) from error
+    return storage
+
+
 class Stored(NamedTuple):
     """The content of a checkpoint.
 
     Attributes:
-        tensors: all tensors by their names, on the CPU.
+        tensors: all tensors by their names.
         states: the byte streams of entries whose names end in `_extra_state`, by these names. An
             entry without content is None.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: Weights
     states: dict[str, bytes | None]
 
 
-def read_checkpoint(path: Path) -> Stored:
-    """Return the content of a checkpoint.
+def open_checkpoint(path: Path) -> Stored:
+    """Return the content of a checkpoint, whose tensors are read when they are used.
 
     Args:
         path: a file or a folder. A folder must have `model.safetensors`, `pytorch_model.bin`,
@@ -99,14 +222,14 @@ def read_checkpoint(path: Path) -> Stored:
             if a file holds or refers to anything but tensors, extra states and the objects that
             Lightning stores; or if a part is missing.
     """
-    stored = Stored({}, {})
+    stored = Stored(Weights({}), {})
     for file in _weight_files(path):
-        found = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+        found = _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
         twice = sorted(found.tensors.keys() & stored.tensors.keys())
         if twice:
             raise ValueError(f"{file} has tensors that another part has too, such as {twice[0]}.")
-        stored.tensors.update(found.tensors)
-        stored.states.update(found.states)
+        states = stored.states | found.states
+        stored = Stored(stored.tensors.joined(found.tensors), states)
     if not stored.tensors:
         raise ValueError(f"{path} holds no tensors.")
     return stored
@@ -116,12 +239,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return all tensors of a checkpoint by their names, on the CPU.
 
     Args:
-        path: a file or a folder, as for `read_checkpoint`.
+        path: a file or a folder, as for `open_checkpoint`.
 
     Raises:
-        FileNotFoundError, ValueError: in the same cases as `read_checkpoint`.
+        FileNotFoundError, ValueError: in the same cases as `open_checkpoint`.
     """
-    return read_checkpoint(path).tensors
+    return open_checkpoint(path).tensors.mapped()
 
 
 def hash_weights(path: Path) -> dict[str, str]:
@@ -334,66 +457,101 @@ class _JoinedFiles(io.RawIOBase):
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """Yield the source that `torch.load` reads: the path, or the stream of a file's parts."""
-    parts = _parts(file)
-    if not parts:
-        yield file
-        return
-    with io.BufferedReader(_JoinedFiles(parts), 2**20) as stream:
+    """Yield a stream of the bytes of a file, or of the parts into which it was split."""
+    with io.BufferedReader(_JoinedFiles(_parts(file) or [file]), 2**20) as stream:
         yield stream
 
 
-def _read_safetensors(file: Path) -> Stored:
-    parts = _parts(file)
+def _size(file: Path) -> int:
+    return sum(part.stat().st_size for part in _parts(file) or [file])
+
+
+def _open_safetensors(file: Path) -> Stored:
     try:
-        if parts:
-            return Stored(load_bytes(b"".join(part.read_bytes() for part in parts)), {})
-        return Stored(load_file(file), {})
-    except (SafetensorError, OSError) as error:
+        with _opened(file) as stream:
+            entries = read_header(stream, _size(file))
+    except (ValueError, OSError) as error:
         raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
+    places = {
+        name: _Place(file, entry.offset, entry.dtype, entry.shape, _strides(entry.shape))
+        for name, entry in entries.items()
+    }
+    return Stored(Weights(places), {})
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
 
 
 def _load_pickle(file: Path) -> Any:
     """Read a file that `torch.save` wrote: tensors, plain values and placeholders.
 
-    Tensors are mapped into memory where that is possible, so that a file that is larger than the
-    memory is read piece by piece.
+    The tensors are on the meta device if their values can be read later, from the places that their
+    storages name. Otherwise their values are read now. They are mapped into memory where that is
+    possible.
 
     Args:
         file: the file. If it was split into parts, its name without the suffix of the parts.
     """
-    with _opened(file) as source:
-        return _load_opened(file, source)
-
-
-def _load_opened(file: Path, source: Any) -> Any:
-    try:
-        # Files that PyTorch wrote before 1.6 are not archives. They are read without placeholders.
-        archive = zipfile.is_zipfile(source)
-        _rewind(source)
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(source) if archive else []
-    except Exception as error:  # a damaged file can cause any error here
-        raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
-    foreign = sorted(name for name in names if not _is_bookkeeping(name))
-    if foreign:
-        raise ValueError(
-            f"{file} is refused: reading it would call {', '.join(foreign[:4])}, which no tensor "
-            "needs. Save its state_dict alone, or as safetensors, where you trust it."
-        )
-    with torch.serialization.safe_globals([_placeholder(name) for name in names]):
+    with _opened(file) as stream:
         try:
-            _rewind(source)
-            mmap = archive and isinstance(source, Path)
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{file} is refused: it is damaged, or reading it would make more than tensors."
-            ) from error
-        except Exception as error:  # a damaged pickle can cause any error; no code in it has run
+            # Files that PyTorch wrote before 1.6 are not archives, and read without placeholders.
+            archive = zipfile.is_zipfile(stream)
+            plain = archive and _is_plain(stream)
+            stream.seek(0)
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(stream) if archive else []
+        except Exception as error:  # a damaged file can cause any error here
             raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
+        foreign = sorted(name for name in names if not _is_bookkeeping(name))
+        if foreign:
+            raise ValueError(
+                f"{file} is refused: reading it would call {', '.join(foreign[:4])}, which no "
+                "tensor needs. Save its state_dict alone, or as safetensors, where you trust it."
+            )
+        with torch.serialization.safe_globals([_placeholder(name) for name in names]):
+            try:
+                stream.seek(0)
+                if plain and _tells_places():
+                    return torch.load(stream, map_location="meta", weights_only=True)
+                mmap = plain and not _parts(file)
+                source = file if mmap else stream
+                return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+            except pickle.UnpicklingError as error:
+                raise ValueError(
+                    f"{file} is refused: it is damaged, or reading it would make more than tensors."
+                ) from error
+            except Exception as error:  # a damaged pickle can cause any error; none of it has run
+                raise ValueError(
+                    f"{file} is no checkpoint, or a damaged one: {_why(error)}"
+                ) from error
 
 
-def _read_pickle(file: Path) -> Stored:
+@functools.cache
+def _tells_places() -> bool:
+    """Return whether this version of PyTorch tells where in a file the values of a tensor are."""
+    stream = io.BytesIO()
+    torch.save(torch.zeros(1), stream)
+    stream.seek(0)
+    return _offset(torch.load(stream, map_location="meta", weights_only=True)) is not None
+
+
+def _offset(tensor: Tensor) -> int | None:
+    """Return the number of bytes before a tensor's first element in its file, if it is known."""
+    begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    return None if begin is None else begin + tensor.storage_offset() * tensor.itemsize
+
+
+def _is_plain(stream: Any) -> bool:
+    """Return whether the values in an archive are not compressed, and in this machine's order."""
+    stream.seek(0)
+    with zipfile.ZipFile(stream) as archive:
+        files = archive.infolist()
+        orders = [one for one in files if one.filename.endswith("/byteorder") and one.file_size < 9]
+        native = all(archive.read(one).decode() == sys.byteorder for one in orders)
+        return native and all(one.compress_type == zipfile.ZIP_STORED for one in files)
+
+
+def _open_pickle(file: Path) -> Stored:
     loaded = _load_pickle(file)
     state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(state, Mapping):
@@ -411,13 +569,33 @@ def _read_pickle(file: Path) -> Stored:
             f"{file} must hold tensors by name, in itself or under 'state_dict'; {others[0]!r} is "
             f"a {type(held[others[0]]).__name__}."
         )
-    return Stored({name: value.detach() for name, value in held.items()}, states)
+    size = _size(file)
+    return Stored(
+        Weights({name: _find(name, value, file, size) for name, value in held.items()}), states
+    )
 
 
-def _rewind(source: Any) -> None:
-    """Return to the beginning of a stream. If the source is a path, do nothing."""
-    if not isinstance(source, Path):
-        source.seek(0)
+def _find(name: str, tensor: Tensor, file: Path, size: int) -> _Place | Tensor:
+    """Return the place of a tensor, or the tensor itself if its values have been read.
+
+    Args:
+        name: name of the tensor, for the message of an error.
+        tensor: the tensor, which may be on the meta device.
+        file: the file.
+        size: number of bytes of the file.
+    """
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+        raise ValueError(f"{file} holds {name} in another form than as plain values.")
+    tensor = tensor.detach()
+    if tensor.device.type != "meta":
+        # A view of something larger is copied, so that the larger tensor is not kept.
+        larger = tensor.untyped_storage().nbytes() > tensor.nbytes
+        return tensor.clone() if larger else tensor
+    offset = _offset(tensor)
+    place = _Place(file, offset or 0, tensor.dtype, tuple(tensor.shape), tensor.stride())
+    if offset is None or offset + place.nbytes > size:
+        raise ValueError(f"{file} does not hold the values of {name}.")
+    return place
 
 
 def _why(error: Exception) -> str:

@@ -19,7 +19,7 @@ class `HyenaDNAForTokenClassification`; its linear head is named `score` or `cla
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +28,6 @@ from transformers import PreTrainedTokenizerFast
 
 from gramian.checkpoints._format import (
     Format,
-    Progress,
     Shapes,
     has_head,
     refuse_unless,
@@ -53,6 +52,7 @@ HEAD = "lm_head.weight"
 _PREFIXES = ("", "model.", "hyena.")
 _METRICS = ("train_torchmetrics.", "val_torchmetrics.", "test_torchmetrics.")
 _DNA_TOKENS = 12
+_KINDS = ("weight", "bias")
 _CLASSES: dict[str, type[GramianPreTrainedModel]] = {
     "HyenaDNAForCausalLM": GramianForCausalLM,
     "HyenaDNAForSequenceClassification": GramianForSequenceClassification,
@@ -250,61 +250,64 @@ class SafariHyena(Format):
         """Return the arguments of the configuration that only some formats have."""
         return {}
 
-    def translate(self, weights: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
-        embedding = weights.pop(EMBEDDING)
-        state = {"model.embed_tokens.weight": embedding}
-        state |= self._translate_head(weights, embedding)
+    def translate(self, weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        yield {"model.embed_tokens.weight": weights[EMBEDDING]}
+        yield self._translate_head(weights)
+        yield {f"model.norm.{kind}": weights[f"backbone.ln_f.{kind}"] for kind in _KINDS}
         for i in range(self.layers):
-            block, ours = f"backbone.layers.{i}.", f"model.layers.{i}."
-            names = {
-                "norm1": "mixer_norm",
-                "norm2": "mlp_norm",
-                "mlp.fc1": "mlp.up_proj",
-                "mlp.fc2": "mlp.down_proj",
-                "mixer.in_proj": "mixer.in_proj",
-                "mixer.out_proj": "mixer.out_proj",
-            }
-            for theirs, name in names.items():
-                for kind in ("weight", "bias"):
-                    state[f"{ours}{name}.{kind}"] = weights.pop(f"{block}{theirs}.{kind}")
-            # In Gramian, tap 0 acts on the present input; in safari, the last tap does.
-            taps = weights.pop(f"{block}mixer.short_filter.weight")
-            state[f"{ours}mixer.short.weight"] = taps.squeeze(1).flip(-1)
-            state[f"{ours}mixer.short.bias"] = weights.pop(f"{block}mixer.short_filter.bias")
-            state |= self._translate_mixer(weights, f"{block}mixer.", f"{ours}mixer.")
-            progress(i + 1, self.layers)
-        for kind in ("weight", "bias"):
-            state[f"model.norm.{kind}"] = weights.pop(f"backbone.ln_f.{kind}")
-        return state
+            yield self._translate_layer(weights, i)
 
-    def _translate_head(self, weights: dict[str, Tensor], embedding: Tensor) -> dict[str, Tensor]:
-        return {"lm_head.weight": weights.pop(HEAD, embedding)}
+    def _translate_head(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if tied(self.config, weights, EMBEDDING, HEAD):
+            return {}
+        return {"lm_head.weight": weights[HEAD]}
+
+    def _translate_layer(self, weights: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
+        block, ours = f"backbone.layers.{layer}.", f"model.layers.{layer}."
+        names = {
+            "norm1": "mixer_norm",
+            "norm2": "mlp_norm",
+            "mlp.fc1": "mlp.up_proj",
+            "mlp.fc2": "mlp.down_proj",
+            "mixer.in_proj": "mixer.in_proj",
+            "mixer.out_proj": "mixer.out_proj",
+        }
+        state = {
+            f"{ours}{name}.{kind}": weights[f"{block}{theirs}.{kind}"]
+            for theirs, name in names.items()
+            for kind in _KINDS
+        }
+        # In Gramian, tap 0 acts on the present input; in safari, the last tap does.
+        taps = weights[f"{block}mixer.short_filter.weight"]
+        state[f"{ours}mixer.short.weight"] = taps.squeeze(1).flip(-1)
+        state[f"{ours}mixer.short.bias"] = weights[f"{block}mixer.short_filter.bias"]
+        return state | self._translate_mixer(weights, f"{block}mixer.", f"{ours}mixer.")
 
     def _translate_mixer(
-        self, weights: dict[str, Tensor], theirs: str, ours: str
+        self, weights: Mapping[str, Tensor], theirs: str, ours: str
     ) -> dict[str, Tensor]:
         """Translate the filter of a layer, and the parts of its mixer that not every Hyena has.
 
         Args:
-            weights: the checkpoint's tensors. The used tensors are removed from it.
+            weights: the checkpoint's tensors.
             theirs: prefix of the mixer's names in the checkpoint.
             ours: prefix of the mixer's names in the Gramian model.
         """
         theirs, ours = f"{theirs}filter_fn.", f"{ours}filter."
-        _check_time(weights.pop(f"{theirs}pos_emb.t"), f"{theirs}pos_emb.t")
+        _check_time(weights[f"{theirs}pos_emb.t"], f"{theirs}pos_emb.t")
         channels = self._channel_order()
-        deltas = weights.pop(f"{theirs}modulation.deltas")
+        deltas = weights[f"{theirs}modulation.deltas"]
         state = {
-            f"{ours}features": weights.pop(f"{theirs}pos_emb.z")[0],
+            f"{ours}features": weights[f"{theirs}pos_emb.z"][0],
             f"{ours}decay": deltas.abs().flatten()[channels],
         }
         last = 2 * self._hidden_layers
         for i in range(0, last, 2):
-            for kind in ("weight", "bias"):
+            for kind in _KINDS:
                 name = f"{ours}layers.{i // 2}.{kind}"
-                state[name] = weights.pop(f"{theirs}implicit_filter.{i}.{kind}")
+                state[name] = weights[f"{theirs}implicit_filter.{i}.{kind}"]
         names = self._frequencies(theirs, weights)
-        frequencies = [weights.pop(name).flatten() for name in names]
+        frequencies = [weights[name].flatten() for name in names]
         if frequencies:
             if not all(torch.equal(frequencies[0], other) for other in frequencies):
                 raise ValueError(
@@ -316,11 +319,10 @@ class SafariHyena(Format):
             frequency = float(setting(self.layer, "w", (int, float), 1))
             hidden = len(state[f"{ours}layers.0.bias"])
             state[f"{ours}frequency"] = torch.full((hidden,), frequency)
-        output = weights.pop(f"{theirs}implicit_filter.{last}.weight")
+        output = weights[f"{theirs}implicit_filter.{last}.weight"]
         state[f"{ours}output.weight"] = output[channels]
-        bias = weights.pop(f"{theirs}bias")
         if self._has_bias:
-            state[f"{ours}bias"] = bias[channels]
+            state[f"{ours}bias"] = weights[f"{theirs}bias"][channels]
         return state
 
     def _channel_order(self) -> Tensor:
@@ -450,12 +452,12 @@ class HyenaDNA(SafariHyena):
             shapes[f"{score}.bias"] = (labels,)
         return shapes
 
-    def _translate_head(self, weights: dict[str, Tensor], embedding: Tensor) -> dict[str, Tensor]:
+    def _translate_head(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.kind is GramianForCausalLM:
-            return super()._translate_head(weights, embedding)
+            return super()._translate_head(weights)
         score = self._score()
-        weight = weights.pop(f"{score}.weight")
-        bias = weights.pop(f"{score}.bias", weight.new_zeros(len(weight)))
+        weight = weights[f"{score}.weight"]
+        bias = weights.get(f"{score}.bias", weight.new_zeros(len(weight)))
         return {"score.weight": weight, "score.bias": bias}
 
     @property

@@ -85,16 +85,16 @@ class HyenaRTF(SafariHyena):
         return {"hyena_mimo_size": self.mimo_size}
 
     def _translate_mixer(
-        self, weights: dict[str, Tensor], theirs: str, ours: str
+        self, weights: Mapping[str, Tensor], theirs: str, ours: str
     ) -> dict[str, Tensor]:
         state = {
-            f"{ours}mimo.0.weight": weights.pop(f"{theirs}norm.weight"),
-            f"{ours}mimo.1.weight": weights.pop(f"{theirs}mimo_proj.weight"),
-            f"{ours}mimo.1.bias": weights.pop(f"{theirs}mimo_proj.bias"),
+            f"{ours}mimo.0.weight": weights[f"{theirs}norm.weight"],
+            f"{ours}mimo.1.weight": weights[f"{theirs}mimo_proj.weight"],
+            f"{ours}mimo.1.bias": weights[f"{theirs}mimo_proj.bias"],
         }
         filter = f"{theirs}filter_fn."
         names = [name for name in weights if name.startswith(filter)]
-        layer = {name.removeprefix(filter): weights.pop(name) for name in names}
+        layer = {name.removeprefix(filter): weights[name] for name in names}
         layer["h_0"] = 2 * layer["h_0"]
         made = RTF.from_official(layer, max_length=self.taps)
         return state | {f"{ours}filter.{name}": v for name, v in made.state_dict().items()}

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.checkpoints._format import Shapes, register, setting, size, tied
-from gramian.checkpoints._striped import EMBEDDING, HEAD, StripedFormat, grouped_by_head
+from gramian.checkpoints._format import Shapes, register, setting, size
+from gramian.checkpoints._striped import StripedFormat, grouped_by_head
 from gramian.filters import ModalFilter
 from gramian.models import GramianConfig
 from gramian.systems import Modal
@@ -69,7 +69,7 @@ class StripedHyena(StripedFormat):
                 for i, attention in enumerate(attends)
             ],
             hidden_act=self.activation,
-            tie_word_embeddings=tied(self.config, weights, EMBEDDING, HEAD),
+            tie_word_embeddings=self.is_tied(weights),
         )
 
     def _filter(self, weights: Mapping[str, Tensor], name: str) -> ModalFilter:
@@ -89,22 +89,20 @@ class StripedHyena(StripedFormat):
         return ModalFilter.from_system(system, self.length, bounded=bounded)
 
     def translate_hyena(
-        self, weights: dict[str, Tensor], layer: int, block: str
+        self, weights: Mapping[str, Tensor], layer: int, block: str
     ) -> dict[str, Tensor]:
         filter = self._filter(weights, f"{block}filter.")
-        for kind in ("poles", "residues", "D"):
-            del weights[f"{block}filter.{kind}"]
         rows = torch.arange(3 * self.width)
         if self.split:
             rows = grouped_by_head(self.width, self.heads)
-        short = weights.pop(f"{block}filter.short_filter_weight").squeeze(1).flip(-1)
-        bias = weights.pop(f"{block}filter.short_filter_bias", torch.zeros_like(short[:, 0]))
+        short = weights[f"{block}filter.short_filter_weight"].squeeze(1).flip(-1)
+        bias = weights.get(f"{block}filter.short_filter_bias", torch.zeros_like(short[:, 0]))
         state = {
-            "in_proj.weight": weights.pop(f"{block}projections.weight")[rows],
-            "in_proj.bias": weights.pop(f"{block}projections.bias")[rows],
+            "in_proj.weight": weights[f"{block}projections.weight"][rows],
+            "in_proj.bias": weights[f"{block}projections.bias"][rows],
             "short.weight": short[rows],
             "short.bias": bias[rows],
-            "out_proj.weight": weights.pop(f"{block}out_filter_dense.weight"),
-            "out_proj.bias": weights.pop(f"{block}out_filter_dense.bias"),
+            "out_proj.weight": weights[f"{block}out_filter_dense.weight"],
+            "out_proj.bias": weights[f"{block}out_filter_dense.bias"],
         }
         return state | {f"filter.{name}": value for name, value in filter.state_dict().items()}

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.checkpoints._format import Shapes, register, setting, size, tied
-from gramian.checkpoints._striped import EMBEDDING, HEAD, StripedFormat, grouped_by_head
+from gramian.checkpoints._format import Shapes, register, setting, size
+from gramian.checkpoints._striped import StripedFormat, grouped_by_head
 from gramian.filters import ExplicitFilter, Filter, ModalFilter
 from gramian.models import GramianConfig
 
@@ -175,22 +175,12 @@ class StripedHyena2(StripedFormat):
             mixers=mixers,
             filter=filters,
             hidden_act=activations if self.identity else self.activation,
-            tie_word_embeddings=self._is_tied(weights),
+            tie_word_embeddings=self.is_tied(weights),
         )
 
-    def _is_tied(self, weights: Mapping[str, Tensor]) -> bool:
-        """Return whether the output projection is the embedding.
-
-        If `tie_embeddings` is True, both are the same, even if the checkpoint has two tensors.
-        """
-        if setting(self.config, "tie_embeddings", bool, False):
-            return True
-        return tied(self.config, weights, EMBEDDING, HEAD)
-
-    def take_head(self, weights: dict[str, Tensor], embedding: Tensor) -> Tensor:
-        own = embedding if self._is_tied({EMBEDDING: embedding, **weights}) else None
-        stored = weights.pop(HEAD, embedding)
-        return stored if own is None else own
+    def is_tied(self, weights: Mapping[str, Tensor]) -> bool:
+        # If `tie_embeddings` is True, both are the same, even if the checkpoint has two tensors.
+        return setting(self.config, "tie_embeddings", bool, False) or super().is_tied(weights)
 
     def _filter(self, weights: Mapping[str, Tensor], layer: int) -> Filter:
         name, kind = f"blocks.{layer}.filter.", self.kinds[layer]
@@ -221,14 +211,11 @@ class StripedHyena2(StripedFormat):
         return filter
 
     def translate_hyena(
-        self, weights: dict[str, Tensor], layer: int, block: str
+        self, weights: Mapping[str, Tensor], layer: int, block: str
     ) -> dict[str, Tensor]:
         filter = self._filter(weights, layer)
-        for kind in ("h", "log_poles", "residues", "D"):
-            weights.pop(f"{block}filter.{kind}", None)
-        weights.pop(f"{block}mixer.mixer.filter.t", None)
         rows = self._rows()
-        short = weights.pop(f"{block}filter.short_filter_weight").squeeze(1).flip(-1)
+        short = weights[f"{block}filter.short_filter_weight"].squeeze(1).flip(-1)
         state = {"short.weight": short[rows]}
         names = {
             "projections.weight": ("in_proj.weight", True),
@@ -238,7 +225,7 @@ class StripedHyena2(StripedFormat):
             "out_filter_dense.bias": ("out_proj.bias", False),
         }
         for theirs, (ours, by_kind) in names.items():
-            stored = weights.pop(f"{block}{theirs}", None)
+            stored = weights.get(f"{block}{theirs}")
             if stored is not None:
                 state[ours] = stored[rows] if by_kind else stored
         return state | {f"filter.{name}": value for name, value in filter.state_dict().items()}

@@ -10,6 +10,7 @@ Each command has its own module, and importing the module registers the command.
 commands in the order of the imports.
 """
 
+from gramian.cli._app import app, main  # isort: skip (it says what is missing)
 from gramian.cli import (  # noqa: F401, I001 (this is the order of the commands in the help)
     _demo,
     _distill,
@@ -19,6 +20,7 @@ from gramian.cli import (  # noqa: F401, I001 (this is the order of the commands
     _check,
     _analyze,
     _modulation,
+    _plan,
     _export,
     _train,
     _sweep,
@@ -27,6 +29,5 @@ from gramian.cli import (  # noqa: F401, I001 (this is the order of the commands
     _score,
     _embed,
 )
-from gramian.cli._app import app, main
 
 __all__ = ["app", "main"]

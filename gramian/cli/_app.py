@@ -8,7 +8,7 @@ import sys
 import traceback
 import typing
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Annotated, Any, NoReturn
 
 try:
@@ -46,6 +46,15 @@ _Imports = Annotated[
         "--import",
         metavar="MODULE",
         help="Python file or module that registers your own tasks, filters or mixers; repeatable.",
+    ),
+]
+_Adapt = Annotated[
+    bool,
+    typer.Option(
+        "--adaptive-threads",
+        envvar="GRAMIAN_ADAPTIVE_THREADS",
+        help="Leave the processors that other processes use to them (Linux). Results may then "
+        "differ by rounding errors from run to run.",
     ),
 ]
 _EXTRAS = {  # the extra that installs each package
@@ -91,24 +100,32 @@ class Failure(SystemExit):
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a function as a command of the same name, and add the options --import and --debug.
+    """Register a function as a command of the same name, and add options that all commands have.
 
     The modules of `--import` are imported before the function runs. Their names are passed to the
-    function if it has a parameter `imports`. An exception in the function ends the process with
+    function if it has a parameter `imports`. With `--adaptive-threads` the function runs in
+    `gramian.ops.adaptive_threads`. An exception in the function ends the process with
     status 1 and one line on standard error, or with a traceback under `--debug`.
     """
     signature = inspect.signature(function)
     wants_imports = "imports" in signature.parameters
-    shared = {"imports": (_Imports, None), "debug": (_Debug, False)}
+    shared = {
+        "imports": (_Imports, None),
+        "adaptive_threads": (_Adapt, False),
+        "debug": (_Debug, False),
+    }
 
     @functools.wraps(function)
-    def run(*, imports: list[str] | None, debug: bool, **arguments: Any) -> None:
+    def run(
+        *, imports: list[str] | None, adaptive_threads: bool, debug: bool, **arguments: Any
+    ) -> None:
         with _failures(debug):
             if imports:
                 _import_parts(imports)
             if wants_imports:
                 arguments["imports"] = imports or []
-            function(**arguments)
+            with _threads(adaptive_threads):
+                function(**arguments)
 
     hints = typing.get_type_hints(function, include_extras=True)
     hints |= {name: hint for name, (hint, _) in shared.items()}
@@ -125,6 +142,14 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     run.__annotations__ = hints
     app.command()(run)
     return function
+
+
+def _threads(adaptive: bool) -> AbstractContextManager[None]:
+    if not adaptive:
+        return nullcontext()
+    from gramian.ops import adaptive_threads
+
+    return adaptive_threads()
 
 
 def main() -> None:

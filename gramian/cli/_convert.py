@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from gramian._json import to_json
 from gramian.cli._app import command
 from gramian.cli._console import console_for, finish, running
 from gramian.cli._inputs import check_new, quiet_transformers
-from gramian.cli._options import Json, NewFolder
+from gramian.cli._options import Json, MaxShardSize, NewFolder
 
 
 @command
@@ -43,58 +42,31 @@ def convert(
             "and 40 billion parameters were trained (default: where the model needs it).",
         ),
     ] = None,
-    max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest size of a file of weights, such as 5GB.")
-    ] = "5GB",
+    max_shard_size: MaxShardSize = "5GB",
     as_json: Json = False,
 ) -> None:
     """Convert a CHECKPOINT of Hyena, HyenaDNA, Hyena-RTF, StripedHyena or Evo to a model in OUT.
 
     A fine-tuned HyenaDNA becomes a classifier. A file that was split into NAME.part0, NAME.part1
-    and so on is read as one. Files are read as tensors only: no code from a checkpoint runs. OUT
-    also contains conversion.json. It lists the files of the weights, with the SHA-256 of each file.
+    and so on is read as one. Files are read as tensors only: no code from a checkpoint runs. The
+    layers are converted one by one, so that a checkpoint may be larger than the memory. OUT also
+    contains conversion.json, which lists the files of the weights with the SHA-256 of each file,
+    and the model card README.md.
     """
     check_new(out)
     quiet_transformers()
     console = console_for(as_json)
 
     from gramian import checkpoints
-    from gramian._staging import staged_directory
-    from gramian.checkpoints.files import hash_weights
 
-    with staged_directory(out) as stage, running(console, "Converting") as bar:
-        model, tokenizer, name = checkpoints.load(
-            checkpoint, config=config, format=format, fp8=fp8, progress=bar
+    with running(console, "Converting") as bar:
+        report = checkpoints.convert(
+            checkpoint,
+            out,
+            config=config,
+            format=format,
+            fp8=fp8,
+            max_shard_size=max_shard_size,
+            progress=bar,
         )
-        model.save_pretrained(stage, max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(stage)
-        settings = model.config
-        report = {
-            "checkpoint": str(checkpoint.resolve()),
-            "sha256": hash_weights(checkpoint),
-            "format": name,
-            "model": type(model).__name__,
-            "layers": settings.num_hidden_layers,
-            "width": settings.hidden_size,
-            "vocabulary": settings.vocab_size,
-            "filter_length": settings.max_position_embeddings,
-            "parameters": model.num_parameters(),
-            "fp8_projections": sum(
-                settings.mixer_config(layer).get("fp8_scales") is not None
-                for layer in range(settings.num_hidden_layers)
-            ),
-            "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
-        }
-        (stage / "conversion.json").write_text(to_json(report, indent=2) + "\n")
-    summary = (
-        f"{name}: {report['layers']} layers of width {report['width']:,}, "
-        f"{report['parameters']:,} parameters, filters of {report['filter_length']:,} taps; "
-        f"{report['tokenizer'] or 'no tokenizer'}."
-    )
-    if report["fp8_projections"]:
-        summary += (
-            f" The projections of {report['fp8_projections']} layers are computed in emulated FP8, "
-            "with the scales of the checkpoint."
-        )
-    finish(console, as_json, report, summary, out)
+    finish(console, as_json, report.to_dict(), report.summary, out)

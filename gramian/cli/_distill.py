@@ -14,13 +14,14 @@ from gramian.cli._app import UserError, command, one_line
 from gramian.cli._console import Bar, console_for, finish, running
 from gramian.cli._inputs import (
     check_new,
+    check_shard_size,
     check_tolerance,
     fraction,
     load_any_model,
     load_tokenizer,
     spread_windows,
 )
-from gramian.cli._options import Device, Json, ModelFolder, NewFolder
+from gramian.cli._options import Device, Json, MaxShardSize, ModelFolder, NewFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,13 +89,14 @@ def distill(
     finetune: _Finetune = 0,
     max_order: _MaxOrder = None,
     tail: _Tail = "auto",
+    max_shard_size: MaxShardSize = "5GB",
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Replace the long filters of MODEL by small recurrences, and save the new model in OUT.
 
     OUT also contains distillation.json and distillation.png, which show the orders, errors and
-    bounds of every layer.
+    bounds of every layer, and the model card README.md.
     """
     given = [name for name in (tol, order, max_increase) if name is not None]
     if len(given) > 1:
@@ -109,17 +111,29 @@ def distill(
     loaded = load_any_model(model, device)
     if text is not None and not loaded.can_generate():
         raise UserError(f"{model} is a {type(loaded).__name__}; --text needs a language model.")
+    check_shard_size(max_shard_size)
     tokenizer = load_tokenizer(model)
     windows = None if text is None else spread_windows(model, loaded, text, max_tokens)
 
     from gramian._staging import staged_directory
+    from gramian.models import write_card
 
     with staged_directory(out) as stage:
         with running(console, "Distilling") as bar:
             distilled, report = _distill(loaded, wanted, windows, bar)
-        distilled.save_pretrained(stage)
+        distilled.save_pretrained(stage, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
+        write_card(
+            stage,
+            distilled,
+            f"A `{type(distilled).__name__}` made from `{model.resolve().name}`. Small recurrences "
+            "replace its long filters (`gramian distill`), so that it generates in constant time "
+            "and memory per token.",
+            report,
+            base=model,
+            name=out.name,
+        )
         (stage / "distillation.json").write_text(report.to_json() + "\n")
         _draw(report, f"{model}, distilled to {out}", stage / "distillation.png")
     finish(console, as_json, report.to_dict(), report, out)

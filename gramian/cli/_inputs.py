@@ -20,6 +20,7 @@ __all__ = [
     "SAVE_TOKENIZER",
     "byte_tokenizer",
     "check_new",
+    "check_shard_size",
     "check_tolerance",
     "document_ids",
     "find_tasks",
@@ -45,6 +46,16 @@ def check_new(out: Path) -> None:
     """Raise a UserError if a path exists already."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already; name a folder that does not.")
+
+
+def check_shard_size(size: str) -> None:
+    """Raise an error unless a text such as "5GB" is a size of files of weights."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=size)
+    except ValueError as error:
+        raise UserError(f"--max-shard-size: {one_line(error)}") from error
 
 
 def check_tolerance(tol: float) -> None:

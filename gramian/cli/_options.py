@@ -15,6 +15,7 @@ __all__ = [
     "Intervals",
     "Json",
     "MaxChannels",
+    "MaxShardSize",
     "ModelFolder",
     "NewFolder",
     "Seed",
@@ -27,6 +28,10 @@ __all__ = [
 ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a saved model.")]
 NewFolder = Annotated[
     Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist yet.")
+]
+
+MaxShardSize = Annotated[
+    str, typer.Option(metavar="SIZE", help="Largest size of a file of weights, such as 5GB.")
 ]
 Changes = Annotated[
     list[str] | None,

@@ -135,7 +135,8 @@ def shrink(
 ) -> None:
     """Make the states of MODEL's recurrences smaller, and save the new model in OUT.
 
-    OUT also contains shrinkage.json and shrinkage.png, which show the states, errors and losses.
+    OUT also contains shrinkage.json and shrinkage.png, which show the states, errors and losses,
+    and the model card README.md.
     """
     if (text is None) == (labels is None):
         raise typer.BadParameter("give one of --text and --labels.")
@@ -152,6 +153,7 @@ def shrink(
 
     from gramian import analysis, shrinking
     from gramian._staging import staged_directory
+    from gramian.models import write_card
 
     with running(console, "Reading the model", about=str(model)):
         loaded, tokenizer = analysis.open_model(model)
@@ -184,6 +186,15 @@ def shrink(
         small.save_pretrained(stage)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
+        write_card(
+            stage,
+            small,
+            f"A `{type(small).__name__}` made from `{model.resolve().name}`: the states of its "
+            "recurrences have fewer coordinates (`gramian shrink`).",
+            report,
+            base=model,
+            name=out.name,
+        )
         (stage / "shrinkage.json").write_text(report.to_json() + "\n", encoding="utf-8")
         _draw(report, f"{model}, shrunk to {out}", stage / "shrinkage.png")
     finish(console, as_json, report.to_dict(), report, out)

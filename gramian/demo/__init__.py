@@ -4,6 +4,10 @@
 filters to small recurrences, and checks every claim during the run. It needs the extra `cli`.
 """
 
+from gramian._extras import require
+
+require("gramian.demo", "cli", "transformers", "rich", "matplotlib")
+
 from gramian.demo._report import Check, DemoReport, DemoSettings
 from gramian.demo._run import run_demo
 from gramian.demo.training import TrainingSettings

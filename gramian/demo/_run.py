@@ -41,6 +41,7 @@ from gramian.demo.text import BigramModel, Corpus, python_documentation
 from gramian.demo.training import train
 from gramian.distillation import DistillationReport, distill
 from gramian.models import ByteTokenizer, GramianConfig, GramianForCausalLM, load
+from gramian.ops import adaptive_threads
 from gramian.reports import (
     plot_bits_per_byte,
     plot_decoding_cost,
@@ -86,7 +87,7 @@ def run_demo(
         raise FileExistsError(
             f"{output} exists and was not written by the demo; name another folder."
         )
-    with staged_directory(output, replace=replace) as stage:
+    with staged_directory(output, replace=replace) as stage, adaptive_threads():
         report = _Demo(settings, stage, console).run()
         (stage / REPORT).write_text(to_json(report.to_dict(), indent=2) + "\n")
     _tell_files(console, output)

@@ -19,7 +19,7 @@ from gramian.ess._estimated import (
     estimated_mean_state_size,
     estimated_state_size,
 )
-from gramian.ess._realize import realize
+from gramian.ess._realize import realization_errors, realize
 from gramian.ess._state_ranks import StateRanks, state_ranks
 from gramian.ess.aggregation import (
     aggregate,
@@ -38,6 +38,7 @@ __all__ = [
     "estimated_mean_state_size",
     "estimated_state_size",
     "hankel_singular_values",
+    "realization_errors",
     "realize",
     "sketched_state_size",
     "state_ranks",

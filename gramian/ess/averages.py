@@ -20,10 +20,10 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-import scipy.special
 import torch
 from torch import Tensor
 
+from gramian.ess._student import student_quantile
 from gramian.ess.krylov import NOISE, KrylovSpace, krylov_space, random_signs
 from gramian.ess.measures import size_from_sums
 from gramian.ess.quadrature import BREADTH, Estimate, measure_small
@@ -311,7 +311,7 @@ class _Regression:
             columns += [ratios, ratios.square(), self._beside(rough)]
         X = torch.stack(columns, 1)
         freedom = max(self._sampled - X.shape[1], 1)
-        self._quantile = float(scipy.special.stdtrit(freedom, 0.975))
+        self._quantile = student_quantile(freedom)
         # With these weights the corrected sizes of the sample have the sum of the accurate ones.
         weights = rough[sampled].clamp_min(torch.finfo(rough.dtype).tiny).sqrt()
         left_side, right_side = X[sampled] * weights.unsqueeze(1), accurate / weights

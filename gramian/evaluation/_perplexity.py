@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from gramian._modules import in_mode
 from gramian.evaluation._measure import Measure, exponential, ratio
+from gramian.ops.processors import adapt_threads
 from gramian.tasks import Document, Encoder, documents_in
 
 __all__ = ["Perplexity", "perplexity", "windows"]
@@ -190,6 +191,7 @@ def perplexity(
     recalled: list[tuple[float, int]] = []
     with in_mode(model, training=False):
         for first in range(0, len(places), batch_size):
+            adapt_threads()
             for group in _equally_long(places[first : first + batch_size]):
                 for place, values in zip(group, _losses(model, ids, group), strict=True):
                     start, begin, end = place

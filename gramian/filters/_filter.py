@@ -77,6 +77,26 @@ class Filter(SinglePrecisionModule, abc.ABC):
     def reset_buffers(self) -> None:
         """Fill, in place, the buffers that follow from the configuration."""
 
+    def resample(self, step: float) -> None:
+        """Change the parameters, in place, for samples that are `step` old samples apart.
+
+        A filter that was trained on a signal then filters the same signal at another sampling rate.
+        The input counts as held between samples, so that a tap covers the time of `step` old taps.
+        `max_length` stays the same.
+
+        Args:
+            step: The distance of new samples in old ones: 2 for half of the sampling rate, 0.5 for
+                twice the rate.
+
+        Raises:
+            NotImplementedError: if the filter has no poles.
+            ValueError: if the step is not a positive, finite number, or if the parameters cannot
+                describe the resampled filter.
+        """
+        raise NotImplementedError(
+            f"a filter {self.name!r} has no sampling rate to change; rtf, s4d, s4 and modal have."
+        )
+
     def config(self) -> dict[str, Any]:
         """Return the configuration, ready for JSON, from which `build` makes this filter again."""
         return {"type": self.name, "channels": self.channels, "max_length": self.max_length}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from gramian._checks import check_positive
 from gramian.filters._filter import check_lr, register
 from gramian.filters._rational import ModeFilter, Selection, with_conjugates
 from gramian.reduction.residues import fit_residues
@@ -175,6 +176,20 @@ class ModalFilter(ModeFilter):
     def _stored(self, residues: Tensor) -> Tensor:
         """Return complex residues (modes) as the filter stores them, (modes, 2) or (modes, 1)."""
         return torch.view_as_real(residues.resolve_conj())[:, : self.residues.shape[1]]
+
+    @torch.no_grad()
+    def resample(self, step: float) -> None:
+        check_positive(step=step)
+        system = self().resample(step)
+        if self.bounded:
+            self.log_decay.add_(math.log(step)).clamp_(_MIN_LOG_DECAY, _MAX_LOG_DECAY)
+        else:
+            self.decay.mul_(step)
+        if self.angle is not None:  # in half turns
+            principal = torch.remainder(self.angle.double() + 1, 2) - 1
+            self.angle.copy_(torch.remainder(principal * step + 1, 2) - 1)
+        self.residues.copy_(self._stored(system.residues.flatten()[self._slot]))
+        self.d.copy_(system.d)
 
     @torch.no_grad()
     def keep_modes(self, kept: Tensor) -> dict[str, Selection]:

@@ -6,15 +6,17 @@ unity by FFT, in time and memory that do not grow with n (RTF, Parnichkun et al.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from gramian._checks import check_choice, check_not_negative
+from gramian._checks import check_choice, check_not_negative, check_positive
 from gramian.filters._filter import check_lr, register
 from gramian.filters._rational import RationalFilter
 from gramian.ops import rational_impulse_response
@@ -23,7 +25,7 @@ from gramian.ops.lengths import at_most
 from gramian.ops.polynomial import single_precision_error
 from gramian.ops.reflection import step_down, step_up
 from gramian.reduction import find_modal_form
-from gramian.systems import TransferFunction
+from gramian.systems import TransferFunction, to_modal
 
 __all__ = ["RTF"]
 
@@ -36,6 +38,12 @@ _SCOPES = ("denominators", "all")
 
 _REFLECTION_LIMIT = 1 - 1e-6
 """Reflection coefficients stay below this, so that rounding does not make them 1."""
+
+_RESAMPLED = 1e-3
+"""The largest relative l2 error of the taps of a resampled filter."""
+
+_REAL = 1e-8
+"""Coefficients with relative imaginary parts up to this are real up to rounding."""
 
 _SLACK = 1e-6
 """The slack that keeps the l1 norm of a Montel-bounded denominator below 1 if the trained slack is
@@ -331,6 +339,39 @@ class RTF(RationalFilter):
             )
         return system.reshape_channels(self.channels)
 
+    @torch.no_grad()
+    def resample(self, step: float) -> None:
+        check_positive(step=step)
+        taps = _held_taps(self(), step, self.grid)
+        a = _powers(self.poles(), step)
+        before = copy.deepcopy(self.state_dict())
+        self.load_denominator(a)
+        self._load_numerator(taps)
+        taps = taps[:, : self.max_length]
+        error = (self().impulse_response(self.max_length).double() - taps).norm(dim=-1)
+        error = float((error / taps.norm(dim=-1).clamp_min(torch.finfo(taps.dtype).tiny)).max())
+        if not error <= _RESAMPLED:
+            self.load_state_dict(before)
+            raise ValueError(
+                f"coefficients in {self.d.dtype} miss the taps of the resampled filter by "
+                f"{error:.1e}; gramian.reduce and ModalFilter.from_system make a filter of poles, "
+                "which can be resampled."
+            )
+
+    def _load_numerator(self, taps: Tensor) -> None:
+        """Load the numerators and direct terms of rational filters with the present denominators.
+
+        Args:
+            taps: (channels, grid), float64: the first taps.
+        """
+        a = self.denominator().double().repeat_interleave(self.channels // self.num_denominators, 0)
+        # Taps on the grid are sums over its multiples, so their product with a is cyclic.
+        size = self.grid if self.numerator == "truncated" else 2 * self.grid
+        spectrum = torch.fft.rfft(nn.functional.pad(a, (1, 0), value=1.0), size)
+        product = torch.fft.irfft(spectrum * torch.fft.rfft(taps, size), size)
+        self.d.copy_(product[:, 0])
+        self.b.copy_(product[:, 1 : self.state_size + 1] - product[:, :1] * a)
+
     def config(self) -> dict[str, Any]:
         return {
             **super().config(),
@@ -408,6 +449,25 @@ class RTF(RationalFilter):
             if scalar is not None:
                 made.slack.copy_(scalar)
         return made
+
+
+def _held_taps(system: TransferFunction, step: float, length: int) -> Tensor:
+    """Return taps (*C, length), float64, for an input that is held over `step` samples."""
+    if step == int(step):
+        taps = system.impulse_response(int(step) * length).double()
+        return taps.unflatten(-1, (length, int(step))).sum(-1)
+    return to_modal(system).resample(step).impulse_response(length)
+
+
+def _powers(poles: Tensor, step: float) -> Tensor:
+    """Return the denominators (K, n), float64, whose poles are powers of poles (K, n)."""
+    powers = torch.where(poles == 0, 0, torch.exp(step * poles.log())).cpu().numpy()
+    a = torch.from_numpy(np.stack([np.poly(row)[1:] for row in powers]))
+    if a.is_complex() and bool((a.imag.abs() > _REAL * a.abs().amax()).any()):
+        raise ValueError(
+            f"a pole on the negative real axis has real powers for integer steps only; got {step}."
+        )
+    return (a.real if a.is_complex() else a).to(poles.device)
 
 
 def _bounded(theta: Tensor, slack: Tensor) -> Tensor:

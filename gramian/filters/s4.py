@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian._checks import check_choice
+from gramian._checks import check_choice, check_positive
 from gramian.filters._filter import register
 from gramian.filters._hippo import normal_plus_low_rank
 from gramian.filters._rational import RationalFilter
@@ -117,6 +117,11 @@ class S4(RationalFilter):
     @torch.no_grad()
     def poles(self) -> Tensor:
         return self(1).state_space().poles()
+
+    @torch.no_grad()
+    def resample(self, step: float) -> None:
+        check_positive(step=step)
+        self.log_dt.add_(math.log(step))
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
         """Return optimizer options for the parameters of the dynamics.

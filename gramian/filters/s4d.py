@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian._checks import check_choice
+from gramian._checks import check_choice, check_positive
 from gramian.filters._filter import register
 from gramian.filters._hippo import normal_plus_low_rank
 from gramian.filters._rational import ModeFilter, Selection, with_conjugates
@@ -161,6 +161,11 @@ class S4D(ModeFilter):
         return with_conjugates(
             poles if self._present is None else torch.where(self._present, poles, 0)
         )
+
+    @torch.no_grad()
+    def resample(self, step: float) -> None:
+        check_positive(step=step)
+        self.log_dt.add_(math.log(step))
 
     @torch.no_grad()
     def keep_modes(self, kept: Tensor) -> dict[str, Selection]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from gramian.filters import Filter
 from gramian.memory.hankel import hankel_penalty
 from gramian.memory.observation import Observer, some
 from gramian.memory.penalties import ess_penalty, gate_regularizer
-from gramian.mixers import LinearRecurrence
+from gramian.mixers import LinearRecurrence, Mixer
 
 __all__ = ["MemoryLosses"]
 
@@ -34,10 +35,13 @@ class MemoryLosses:
             each. 0 leaves this loss out.
         hankel_channels: Maximal number of channels of a filter for which `hankel_penalty` is
             computed. If there are more, every n-th is used, beginning at random. None uses all.
+        normalize_gates: As `normalize` for `gate_regularizer`.
+        gate_layers: Numbers of the layers whose gates `gate_regularizer` reads, as `layers` for
+            `Observer`. By default, all linear recurrences are used.
 
     Raises:
-        ValueError: if the model has no mixers or filters for a loss whose weight is positive, or if
-            `hankel_channels` is below 1.
+        ValueError: if the model has no mixers or filters for a loss whose weight is positive, if
+            `hankel_channels` is below 1, or if a layer in `gate_layers` has no linear recurrence.
     """
 
     def __init__(
@@ -52,38 +56,35 @@ class MemoryLosses:
         channels: int | None = None,
         hankel: float = 0.0,
         hankel_channels: int | None = 16,
+        normalize_gates: bool = True,
+        gate_layers: Sequence[int] | None = None,
     ) -> None:
         if hankel_channels is not None and hankel_channels < 1:
             raise ValueError(f"hankel_channels must be at least 1 or None; got {hankel_channels}.")
         self.gates, self.ess, self.hankel = gates, ess, hankel
         self.hankel_channels = hankel_channels
+        self.normalize_gates = normalize_gates
         self.filters: list[Filter] = []
         self.goal = {"target": target, "share": share}
         self.most = {"sequences": sequences, "channels": channels}
         self.gated: Observer | None = None
         self.mixing: Observer | None = None
-        name, needed = "gates", "linear recurrences, such as gated_linear_attention"
-        try:
-            if gates > 0:
-                self.gated = Observer(model, LinearRecurrence)
-            name, needed = "ess", "mixers"
-            if ess > 0:
-                self.mixing = Observer(model)
-            name, needed = (
-                "hankel",
-                "filters of at least 2 taps, as in long convolutions",
-            )
-            if hankel > 0:
-                self.filters = _filters(model)
-        except ValueError as error:
-            raise ValueError(f"{name} needs {needed}; this model has none.") from error
+        if gates > 0:
+            needed = "gates needs linear recurrences, such as gated_linear_attention"
+            _check_any(model, LinearRecurrence, needed)
+            self.gated = Observer(model, LinearRecurrence, layers=gate_layers)
+        if ess > 0:
+            _check_any(model, Mixer, "ess needs mixers")
+            self.mixing = Observer(model)
+        if hankel > 0:
+            self.filters = _filters(model)
 
     def __call__(self) -> tuple[Tensor, dict[str, float]]:
         """Return the weighted sum, and a mapping from names in logs to the unweighted losses."""
         losses: dict[str, float] = {}
         total: Any = 0.0
         if self.gated is not None:
-            loss = gate_regularizer(self.gated.operators())
+            loss = gate_regularizer(self.gated.operators(), normalize=self.normalize_gates)
             losses["gate_regularizer"] = loss.item()
             total = total + self.gates * loss
         if self.mixing is not None:
@@ -113,6 +114,12 @@ class MemoryLosses:
         return total / max(sequences, 1)
 
 
+def _check_any(model: nn.Module, kind: type, needed: str) -> None:
+    """Raise a ValueError that says what is needed, unless the model has a module of a class."""
+    if not any(isinstance(module, kind) for module in model.modules()):
+        raise ValueError(f"{needed}; this model has none.")
+
+
 def _filters(model: nn.Module) -> list[Filter]:
     """Return the filters of a model that have a Hankel matrix, each once.
 
@@ -122,5 +129,7 @@ def _filters(model: nn.Module) -> list[Filter]:
     filters = [module for module in model.modules() if isinstance(module, Filter)]
     filters = [filter for filter in filters if filter.max_length > 1]
     if not filters:
-        raise ValueError(f"{type(model).__name__} has no filter.")
+        raise ValueError(
+            "hankel needs filters of at least 2 taps, as in long convolutions; this model has none."
+        )
     return filters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,19 +32,35 @@ class Observer:
     Args:
         model: A mixer, or a module that contains mixers.
         kind: Class of the mixers to observe. By default, all mixers are observed.
+        layers: Numbers of the mixers to observe, counted from 0 over all mixers of the model. In a
+            language model, these are the numbers of its layers. By default, the mixers of all
+            layers are observed.
 
     Raises:
-        ValueError: if the model has no such mixer.
+        ValueError: if the model has no such mixer, or if `layers` is empty or has a number whose
+            mixer does not exist or is of another class.
     """
 
-    def __init__(self, model: nn.Module, kind: type = Mixer) -> None:
-        self.mixers = {
-            path: module
+    def __init__(
+        self, model: nn.Module, kind: type = Mixer, *, layers: Sequence[int] | None = None
+    ) -> None:
+        mixers = [
+            (path, module)
             for path, module in model.named_modules()
-            if isinstance(module, Mixer) and isinstance(module, kind) and module.core is module
-        }
-        if not self.mixers:
+            if isinstance(module, Mixer) and module.core is module
+        ]
+        right = [isinstance(module, kind) for _, module in mixers]
+        if not any(right):
             raise ValueError(f"{type(model).__name__} has no {kind.__name__} to observe.")
+        accepted = [index for index, fits in enumerate(right) if fits]
+        wrong = [index for index in layers or () if index not in accepted]
+        if wrong or (layers is not None and not layers):
+            numbers = ", ".join(map(str, accepted))
+            raise ValueError(
+                f"layers must be numbers of layers with a {kind.__name__}, of which "
+                f"{type(model).__name__} has {numbers}; got {list(layers or ())}."
+            )
+        self.mixers = dict(mixers[index] for index in sorted(set(layers or accepted)))
         self._read: dict[str, tuple[Tensor, Segments | None]] = {}
         self._hooks = [model.register_forward_pre_hook(self._begin)]
         for path, mixer in self.mixers.items():

@@ -19,7 +19,7 @@ from gramian.systems import System, TimeVarying
 __all__ = ["check_goal", "ess_penalty", "gate_regularizer"]
 
 
-def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
+def gate_regularizer(operators: System | Sequence[System], *, normalize: bool = True) -> Tensor:
     r"""Return `‖A - I‖`, the distance of state matrices from the identity, which forgets nothing.
 
     For every operator this is the root of the mean, over channels and steps, of `‖A_t - I‖_F² / n`.
@@ -29,10 +29,16 @@ def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
     The cost is linear in the number of coefficients, since the operators are not computed as
     matrices.
 
+    The paper writes the loss as `λ ‖A - I‖_F`. Without normalization, the distance of an operator
+    is this Frobenius norm over all its channels and steps, `(Σ ‖A_t - I‖_F²)^(1/2)`. It is √(N n)
+    times the normalized distance, where N is the number of channels and steps that count. So a λ
+    then holds for one batch size, length and size of the state.
+
     Args:
         operators: One or more systems. The `TimeVarying` systems are used, whether their state
             matrices are diagonal, diagonal plus rank one, or dense. Other systems have no gates and
             are skipped.
+        normalize: Whether to divide the sum of squares by the number of its terms, N n.
 
     Returns:
         A scalar of the operators' dtype, through which gradients flow.
@@ -44,9 +50,11 @@ def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
     distances = []
     for system in _systems(operators):
         if isinstance(system, TimeVarying) and system.A.numel():
-            squares = _distance_from_identity(system)
-            steps = ((squares > 0) | (system.B != 0).any(-1)).sum().clamp_min(1)
-            squares = squares.sum() / (steps * system.order)
+            distance = _distance_from_identity(system)
+            squares = distance.sum()
+            if normalize:
+                steps = ((distance > 0) | (system.B != 0).any(-1)).sum().clamp_min(1)
+                squares = squares / (steps * system.order)
             # The root is not differentiable at zero, where all gates are 1 (linear attention).
             positive = squares > 0
             root = torch.where(positive, squares, 1).sqrt()

@@ -47,8 +47,9 @@ class LinearAttention(LinearRecurrence):
     Args:
         width: Channels of input and output.
         heads: Number of heads.
-        state_size: n, the number of features of a query or key, which is the state size of each
-            column of values; by default `width / heads`.
+        state_size: n, the number of features of a query or key behind the feature map and the
+            linear map, which is the state size of each column of values (the TSS of the layer); by
+            default `width / heads`.
         value_width: N, the number of features of a head's value; by default `width / heads`.
         short_kernel: Taps of the short convolution.
         feature_map: The feature map of queries and keys: "identity", "silu" or "elu" (elu + 1).

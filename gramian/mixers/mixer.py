@@ -11,6 +11,7 @@ from typing import Any, ClassVar, overload
 import torch
 from torch import Tensor, nn
 
+from gramian._modules import NoTorchScript
 from gramian.mixers._compiled import CompiledStep
 from gramian.mixers._parts import in_parts, rows_in_cache
 from gramian.mixers.segments import Segments
@@ -19,7 +20,7 @@ from gramian.systems import DenseOperator, Recurrence, State, System, TimeVaryin
 __all__ = ["Mixer", "MixerRecurrence", "apply_mask"]
 
 
-class Mixer(nn.Module, abc.ABC):
+class Mixer(NoTorchScript, nn.Module, abc.ABC):
     """A causal map of a sequence (batch, length, width) that carries a state.
 
     A mixer runs in three ways, all of which compute the same map. `mixer(x, mask=None) -> y` maps

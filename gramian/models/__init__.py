@@ -1,11 +1,8 @@
-"""Provide Hugging Face models. Importing this package registers them with the Auto classes."""
+"""Provide Hugging Face models. Importing this package registers them with transformers."""
 
-try:
-    import transformers
-except ImportError as error:
-    raise ImportError(
-        "gramian.models needs transformers 5: install it with `pip install gramian[models]`."
-    ) from error
+from gramian._extras import require
+
+require("gramian.models", "models", "transformers", "safetensors")
 
 from gramian.models.alphabet import allowed_tokens, restrict_generation
 from gramian.models.backbone import GramianModel
@@ -17,6 +14,7 @@ from gramian.models.blocks import (
     build_mixer,
 )
 from gramian.models.cache import GramianCache, GramianCacheLayer
+from gramian.models.cards import write_card
 from gramian.models.classification import GramianForSequenceClassification
 from gramian.models.configuration import MIXERS, GramianConfig
 from gramian.models.layers import BLOCKS, GramianLayer, register_block
@@ -25,6 +23,7 @@ from gramian.models.modeling import GramianForCausalLM
 from gramian.models.pairs import GramianForPairClassification
 from gramian.models.pretrained import GramianPreTrainedModel
 from gramian.models.reconstruction import GramianForReconstruction
+from gramian.models.registration import register
 from gramian.models.signal import GramianForSignalRegression
 from gramian.models.token_classification import GramianForTokenClassification
 from gramian.models.tokenizer import ByteTokenizer
@@ -55,17 +54,7 @@ __all__ = [
     "load_any",
     "register_block",
     "restrict_generation",
+    "write_card",
 ]
 
-transformers.AutoConfig.register(GramianConfig.model_type, GramianConfig, exist_ok=True)
-transformers.AutoModel.register(GramianConfig, GramianModel, exist_ok=True)
-transformers.AutoModelForCausalLM.register(GramianConfig, GramianForCausalLM, exist_ok=True)
-transformers.AutoModelForSequenceClassification.register(
-    GramianConfig, GramianForSequenceClassification, exist_ok=True
-)
-transformers.AutoModelForTokenClassification.register(
-    GramianConfig, GramianForTokenClassification, exist_ok=True
-)
-transformers.AutoModelForTimeSeriesPrediction.register(
-    GramianConfig, GramianForSignalRegression, exist_ok=True
-)
+register()

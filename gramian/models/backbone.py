@@ -25,6 +25,7 @@ from gramian.models.layers import BLOCKS
 from gramian.models.norms import apply_norm, make_norm
 from gramian.models.pretrained import GramianPreTrainedModel
 from gramian.models.segments import check_arguments, read_rows
+from gramian.ops.processors import adapt_threads
 
 __all__ = ["GramianModel"]
 
@@ -108,6 +109,7 @@ class GramianModel(GramianPreTrainedModel):
                 or has seen tokens that the mask hides.
             TypeError: if the cache is not a `GramianCache`, or an argument is unknown.
         """
+        adapt_threads()
         inputs = (input_ids, inputs_embeds, input_values)
         mask = read_rows(inputs, attention_mask, position_ids, kwargs)
         past = one_cache(past_key_values, cache)

@@ -47,7 +47,8 @@ class GramianConfig(PreTrainedConfig):
         hidden_size: width of the residual stream.
         num_hidden_layers: number of blocks.
         num_heads: number of heads of `multi_hyena` and `softmax_attention` mixers and of linear
-            recurrences; it must divide `hidden_size`. `s6` has no heads.
+            recurrences; it must divide `hidden_size`. `s6` has no heads. An entry of `mixers` may
+            give its layers another number, `{"type": "multi_hyena", "heads": 256}`.
         mixers: name of the mixer: `"multi_hyena"`, `"hyena"`, `"long_convolution"`,
             `"softmax_attention"`; a linear recurrence, that is, `"linear_attention"`,
             `"weighted_linear_attention"`, `"gated_linear_attention"`, `"s6"`, `"gla_s6"` or
@@ -131,6 +132,7 @@ class GramianConfig(PreTrainedConfig):
     model_type = "gramian"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (the Trainer needs a list)
     attribute_map = {"num_attention_heads": "num_heads"}  # noqa: RUF012
+    auto_map = AUTO_MAP  # tools such as TRL read it from a configuration
 
     vocab_size: int = 259
     hidden_size: int = 256
@@ -204,7 +206,7 @@ class GramianConfig(PreTrainedConfig):
         if not os.path.isfile(save_directory):  # the call below refuses a file
             os.makedirs(save_directory, exist_ok=True)
             write_module(Path(save_directory))
-        self.auto_map = AUTO_MAP
+        self.auto_map = AUTO_MAP  # a file holds what belongs to the instance
         try:
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         finally:
@@ -327,10 +329,13 @@ class GramianConfig(PreTrainedConfig):
                 f"{', '.join(map(repr, others))}."
             )
         for layer, name in enumerate(names):
-            split = MIXERS[name].splits_width(self.mixer_config(layer))
-            if split and self.hidden_size % self.num_heads:
+            options = self.mixer_config(layer)
+            heads = options.get("heads", self.num_heads)
+            check_sizes(heads=heads)
+            if MIXERS[name].splits_width(options) and self.hidden_size % heads:
+                given = "heads" if "heads" in options else "num_heads"
                 raise ValueError(
-                    f"num_heads must divide hidden_size for {name} mixers; got {self.num_heads} "
+                    f"{given} must divide hidden_size for {name} mixers; got {heads} "
                     f"heads and width {self.hidden_size}."
                 )
 
@@ -377,9 +382,10 @@ def _validate_mixers(mixers: Any, layers: int) -> None:
         name = one.get("type") if isinstance(one, Mapping) else one
         if name not in tuple(MIXERS):
             raise ValueError(f"mixers must be among {accepted}; got {name!r}.")
+        keys = [*options_of(name), *(["heads"] if takes(name, "heads") else [])]
         for key in one if isinstance(one, Mapping) else ():
-            if key != "type" and key not in options_of(name):
-                raise ValueError(unknown(f"key of a mixer {name!r}", key, options_of(name)))
+            if key != "type" and key not in keys:
+                raise ValueError(unknown(f"key of a mixer {name!r}", key, keys))
 
 
 def _validate_filter(filter_config: Any, mixers: list[str]) -> None:

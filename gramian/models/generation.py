@@ -7,7 +7,7 @@ search would write the same token again and again without an error.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -67,6 +67,22 @@ class GramianGenerationMixin(GenerationMixin):
         )
         watch.check()
         return written
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse transformers' continuous batching.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has a state for each sequence, and not the pages of keys and "
+            "values that continuous batching needs: give generate a padded batch of prompts."
+        )
+
+    @property
+    def init_continuous_batching(self) -> NoReturn:
+        """No attribute, so that servers see that they must generate without continuous batching."""
+        raise AttributeError("a Gramian model has no continuous batching.")
 
 
 class FiniteLogits(LogitsProcessor):

@@ -292,6 +292,11 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                     shapes[name] = tuple(tensors.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} cannot be read: {_sentence(error)}") from error
+        except RuntimeError as error:  # Linux maps no file that is larger than the memory
+            raise ValueError(
+                f"{file} cannot be mapped into memory ({_sentence(error)[:-1]}); save the model in "
+                'smaller files, for example with max_shard_size="5GB".'
+            ) from error
     return shapes
 
 

@@ -237,6 +237,7 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         After the prompt, a pass with a cache reads one generated token and needs no mask.
         """
         cache = one_cache(past_key_values, cache)
+        kwargs.pop("tokenizer", None)  # transformers needs it for `stop_strings`, and passes it on
         new = kwargs.get("next_sequence_length")
         if is_first_iteration and cache is not None and new is not None and new < 1:
             raise ValueError(

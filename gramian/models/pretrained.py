@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
+from gramian._modules import NoTorchScript
 from gramian.filters import Filter
 from gramian.mixers import Mixer, ShortConvolution
 from gramian.mixers.linear_recurrence import Dynamics
@@ -41,7 +42,7 @@ def _whole(module: nn.Module) -> Iterator[None]:
             part.reshard()
 
 
-class GramianPreTrainedModel(PreTrainedModel):
+class GramianPreTrainedModel(NoTorchScript, PreTrainedModel):
     """The base class of Gramian models, with the settings and methods that all of them share."""
 
     config: GramianConfig

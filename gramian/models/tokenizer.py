@@ -9,6 +9,20 @@ from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
 
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+    {{- message["role"] + ": " -}}
+    {%- if message["role"] == "assistant" -%}
+        {% generation %}{{- message["content"] + "\\n" -}}{% endgeneration %}
+    {%- else -%}
+        {{- message["content"] + "\\n" -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- "assistant: " -}}
+{%- endif -%}
+"""
+
 
 class ByteTokenizer(PreTrainedTokenizerFast):
     """A tokenizer whose ids 0–255 are bytes of UTF-8, and whose ids 256–258 are special tokens.
@@ -18,8 +32,12 @@ class ByteTokenizer(PreTrainedTokenizerFast):
     special token in a text is encoded as plain text. `AutoTokenizer` can read the tokenizer's files
     without this package.
 
+    The chat template writes a message as its role, a colon, its text and a new line, and then asks
+    for a message of the role `assistant`. It has no special token, because such a token could not
+    be told from its name in a message. The stop string of a chat is a new line and `user:`.
+
     Args:
-        kwargs: arguments of `PreTrainedTokenizerFast`.
+        kwargs: arguments of `PreTrainedTokenizerFast`, such as another `chat_template`.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -27,6 +45,7 @@ class ByteTokenizer(PreTrainedTokenizerFast):
             kwargs["tokenizer_object"] = _with_special_tokens()
         settings = {
             **SPECIAL_TOKENS,
+            "chat_template": CHAT_TEMPLATE,
             "padding_side": "left",
             "split_special_tokens": True,
             "clean_up_tokenization_spaces": False,

@@ -7,8 +7,10 @@ from gramian.ops.polynomial import (
     rational_impulse_response,
     rational_kernel,
 )
+from gramian.ops.processors import adaptive_threads
 
 __all__ = [
+    "adaptive_threads",
     "bidirectional_convolution",
     "causal_convolution",
     "evaluate_on_roots_of_unity",

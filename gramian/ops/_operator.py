@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
 from gramian.ops.derivatives import forward_mode_is_on, is_differentiated
+from gramian.ops.processors import adapt_threads
 
 __all__ = [
     "batch_first",
@@ -50,6 +51,7 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 
         @functools.wraps(function)
         def implementation(*arguments: Any) -> Any:
+            adapt_threads()
             device = arguments[0].device.type
             if not torch.is_autocast_enabled(device):
                 return function(*arguments)

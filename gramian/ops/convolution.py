@@ -30,6 +30,8 @@ from torch.library import register_fake, register_vmap
 from gramian.ops._blocks import cut
 from gramian.ops._few_taps import convolve_directly, differentiate_directly, has_few_taps
 from gramian.ops._operator import batch_first, differentiable, operator, total
+from gramian.ops.kernels import runs_in_triton
+from gramian.ops.kernels.causal_convolution import covers, fused_convolution, fused_correlation
 from gramian.ops.lengths import at_most, fft_length
 
 # The number of elements in one padded block. This is a compromise: every call of the FFT has a
@@ -283,6 +285,8 @@ def _forward(
         kernel = kernel[..., : u.shape[-1]]
     if not ahead and not save_spectra and has_few_taps(u, kernel):
         return convolve_directly(u, kernel, gate), _empty_spectra(u, kernel, 0)
+    if not ahead and not save_spectra and runs_in_triton(u) and covers(u, kernel):
+        return fused_convolution(u, kernel, u, gate=gate), _empty_spectra(u, kernel, 0)
     points = _points(u, kernel, ahead)
     rows, tasks = cut(u, kernel, points, _CPU_BLOCK, _CPU_MIN_ROWS)
     y = torch.empty_like(u)
@@ -326,6 +330,8 @@ def _backward(
         grads = zip(found, _empty_gradients(u, kernel, gate, [False] * 3), strict=True)
         of_u, of_kernel, of_gate = (none if grad is None else grad for grad, none in grads)
         return of_u, of_kernel, of_gate
+    if not ahead and not spectra.numel() and runs_in_triton(u) and covers(u, kernel):
+        return _differentiate_in_triton(g, u, kernel, gate, needs)
     points = _points(u, kernel, ahead)
     rows, tasks = cut(u, kernel, points, _CPU_BLOCK, _CPU_MIN_ROWS)
     grad_u, grad_kernel, grad_gate = _empty_gradients(u, kernel, gate, needs)
@@ -355,6 +361,20 @@ def _backward(
         if total is not None:
             grad_kernel[task.shared] = _taps(total, points, kernel.shape[-1], ahead)
     return grad_u, grad_kernel, grad_gate
+
+
+def _differentiate_in_triton(
+    g: Tensor, u: Tensor, kernel: Tensor, gate: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs_u, needs_kernel, needs_gate = needs
+    of_u, of_kernel, of_gate = _empty_gradients(u, kernel, gate, [False] * 3)
+    if needs_u:
+        of_u = fused_convolution(g, kernel, u, factor=gate, adjoint=True)
+    if needs_kernel:
+        of_kernel = fused_correlation(g, u, kernel, factor=gate)
+    if needs_gate and gate is not None:
+        of_gate = fused_convolution(u, kernel, gate, gate=g)
+    return of_u, of_kernel, of_gate
 
 
 def _empty_gradients(

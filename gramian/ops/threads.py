@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from gramian.ops.processors import adapt_threads
+
 __all__ = ["work"]
 
 Item = TypeVar("Item")
@@ -30,6 +32,7 @@ def work(function: Callable[[Item], Result], tasks: Sequence[Item], like: Tensor
     own threads would then wait less eagerly for each other. Concurrent calls run one after the
     other, because MKL has one number of threads for the whole process.
     """
+    adapt_threads()
     threads = torch.get_num_threads()
     workers = min(threads, len(tasks))
     if like.device.type != "cpu" or workers < 2 or not _OPENMP:

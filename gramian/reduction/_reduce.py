@@ -11,15 +11,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gramian.ops.devices import has_float64
+from gramian._checks import check_choice
 from gramian.ops.precision import full_precision
 from gramian.ops.threads import work
 from gramian.reduction import errors
+from gramian.reduction._kernels import check_finite, kernel_of, returned, work_device
 from gramian.reduction.balanced import balanced, refined_further
 from gramian.reduction.methods import Balanced, Method, ModalTruncation, method_of
 from gramian.reduction.problem import Problem, Settings, SourceModes, lanczos_block
 from gramian.reduction.residues import ModalFit, fit_residues
-from gramian.systems import FIR, Modal, System, TimeInvariantSystem, TransferFunction
+from gramian.systems import Modal, System, TransferFunction
 
 __all__ = ["Reduction", "reduce"]
 
@@ -97,7 +98,7 @@ class Reduction:
         it is first accessed.
         """
         shape, taps = self.order.shape, self._kernel.shape[-1]
-        device = _work_device(self._kernel.device)
+        device = work_device(self._kernel.device)
         system = self.system.to(device, torch.float64)
         flat = self._kernel.to(device, torch.float64).reshape(math.prod(shape), taps)
         if taps == 1:
@@ -113,7 +114,7 @@ class Reduction:
             )
         )
         error = torch.cat(work(lambda block: errors.hankel_error(*block), blocks, flat))
-        return _returned(error, self._kernel.device).reshape(shape)
+        return returned(error, self._kernel.device).reshape(shape)
 
 
 @full_precision()
@@ -146,6 +147,7 @@ def reduce(
       again. A repeated pole is kept once.
     - "gradient" finds poles and residues by gradient descent, as the Laughing Hyena Distillery does
       (arXiv 2310.18780, section 3.2). It is slow and serves as the baseline.
+      `rational_interpolation` is the baseline in rational form.
 
     With `tol`, the order is doubled until the error is small enough, and is then bisected.
     Afterwards, starting from the order that the closed form needs, lower and lower orders are tried
@@ -187,22 +189,22 @@ def reduce(
         ValueError: if an argument is out of range, if no method has the given name, or if a kernel
             is not finite.
     """
-    kernel = _kernel_of(kernel_or_system, length)
+    kernel = kernel_of(kernel_or_system, length)
     if (order is None) == (tol is None):
         raise ValueError(f"give either order or tol, not both or none; got {order=} and {tol=}.")
     method = method_of(method)
-    _check_choice("tail", tail, tuple(_TAILS))
+    check_choice("tail", tail, _TAILS)
     shape, taps = kernel.shape[:-1], kernel.shape[-1]
     if tol is not None and not (isinstance(tol, int | float) and 0 < tol < math.inf):
         raise ValueError(f"tol must be a finite number above 0; got {tol!r}.")
     if max_order is not None and (order is not None or max_order < 1):
         raise ValueError(f"max_order must be at least 1 and goes with tol; got {max_order}.")
     orders = None if order is None else _orders(order, shape, taps)
-    _check_finite(kernel)
+    check_finite(kernel)
 
     dtype = kernel.dtype if kernel.dtype == torch.float64 else torch.float32
-    work_device = _work_device(kernel.device)
-    flat = kernel.detach().to(work_device, torch.float64).reshape(math.prod(shape), taps)
+    device = work_device(kernel.device)
+    flat = kernel.detach().to(device, torch.float64).reshape(math.prod(shape), taps)
     if taps == 1:
         flat = torch.nn.functional.pad(flat, (0, 1))  # one silent tap after the direct term
     told = _Progress(progress, len(flat))
@@ -215,10 +217,10 @@ def reduce(
         tick=told.advance,
     )
     modal = isinstance(method, ModalTruncation)
-    source = _source_modes(kernel_or_system, work_device) if modal else None
+    source = _source_modes(kernel_or_system, device) if modal else None
     told.advance(0)
     if orders is not None:
-        orders = orders.reshape(-1).to(work_device)
+        orders = orders.reshape(-1).to(device)
         size = _block_size(flat, int(orders.max()))
         if modal:
             size = lanczos_block(flat, int(orders.max()))
@@ -276,40 +278,6 @@ def _source_modes(source: Tensor | System, device: torch.device) -> SourceModes 
     return None
 
 
-def _kernel_of(source: Tensor | System, length: int | None) -> Tensor:
-    if isinstance(source, Tensor):
-        if length is not None:
-            raise ValueError(
-                f"length goes with a system; a kernel ends where it ends; got {length=}."
-            )
-        if not source.dtype.is_floating_point or source.ndim == 0 or source.numel() == 0:
-            raise TypeError(
-                "a kernel is a real floating-point tensor (*channels, taps) that is not empty; got "
-                f"{source.dtype} of shape {tuple(source.shape)}."
-            )
-        return source
-    if not isinstance(source, TimeInvariantSystem):
-        raise TypeError(
-            "reduce takes a kernel (a torch tensor) or a time-invariant system; got "
-            f"{type(source).__name__}."
-        )
-    if length is None:
-        if not isinstance(source, FIR):
-            raise ValueError(
-                f"the impulse response of a {type(source).__name__} has no end: give the length "
-                "over which to reduce it."
-            )
-        length = source.kernel.shape[-1]
-    if length < 1:
-        raise ValueError(f"length must be at least 1; got {length}.")
-    return source.impulse_response(length)
-
-
-def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}.")
-
-
 def _orders(order: int | Tensor, shape: torch.Size, taps: int) -> Tensor:
     orders = torch.as_tensor(order)
     if orders.dtype.is_floating_point or orders.dtype.is_complex or orders.dtype == torch.bool:
@@ -327,23 +295,6 @@ def _orders(order: int | Tensor, shape: torch.Size, taps: int) -> Tensor:
             f"order must lie in 1 … {highest} for kernels of {taps} taps; got {int(wrong[0])}."
         )
     return orders
-
-
-def _check_finite(kernel: Tensor) -> None:
-    bad = (~kernel.isfinite()).any(-1)
-    if bool(bad.any()):
-        first = tuple(torch.nonzero(bad)[0].tolist()) if bad.ndim else ()
-        where = "the kernel" if not first else f"channel {first[0] if len(first) == 1 else first}"
-        raise ValueError(f"{where} holds NaN or infinite taps; a reduction needs finite ones.")
-
-
-def _work_device(device: torch.device) -> torch.device:
-    """Return the device on which to compute: the CPU for a device that has no float64."""
-    return device if has_float64(device) else torch.device("cpu")
-
-
-def _returned(figure: Tensor, device: torch.device) -> Tensor:
-    return figure.to(device) if has_float64(device) else figure.float().to(device)
 
 
 def _block_size(taps: Tensor, order: int) -> int:
@@ -528,7 +479,7 @@ def _assembled(parts: list[_Part], kernel: Tensor, dtype: torch.dtype) -> Reduct
         return torch.cat([pad(p, (0, width - p.shape[-1]), value=padding) for p in pieces])
 
     def figure(pieces: list[Tensor]) -> Tensor:
-        return _returned(torch.cat(pieces), device).reshape(shape)
+        return returned(torch.cat(pieces), device).reshape(shape)
 
     kind = dtype.to_complex()
     poles = joined([part.fit.poles for part in parts])
@@ -540,7 +491,7 @@ def _assembled(parts: list[_Part], kernel: Tensor, dtype: torch.dtype) -> Reduct
     )
     norm = kernel.to(poles.device, torch.float64).norm(dim=-1).flatten()
     safe = torch.where(norm > 0, norm, 1)
-    values = _returned(joined([part.values for part in parts], torch.nan), device)
+    values = returned(joined([part.values for part in parts], torch.nan), device)
     return Reduction(
         system=system,
         order=system.orders,

@@ -9,9 +9,9 @@ optimizes poles in polar form, `λ = A e^{iθ}`, and residues r together. There 
   function, where h is followed by zeros. This objective includes the tail of ĥ.
 
 One entry of a conjugate pair is learned, and an odd order ends with a real pole. ĥ_0 = h_0. Kernels
-are first scaled to unit norm. The descent is Adam (D. P. Kingma, J. Ba, 2015). Its learning rate is
-annealed to zero by a half cosine (I. Loshchilov, F. Hutter, 2017), and its gradients are in closed
-form. The result is the best set of parameters of the whole descent. There are two initializations:
+are first scaled to unit norm. The descent is that of `gramian.reduction.descent`, with gradients in
+closed form. The result is the best set of parameters of the whole descent. There are two
+initializations:
 
 - `"ring"` draws radii and angles at random in a ring close to the unit circle, as for linear
   recurrent units (A. Orvieto et al., 2023, arXiv 2303.06349, section 3.2).
@@ -25,7 +25,6 @@ balanced truncation is closer and faster by orders of magnitude.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from gramian.ops.lengths import fft_length
 from gramian.reduction.basis import Vandermonde
+from gramian.reduction.descent import descended
 from gramian.reduction.problem import Problem
 from gramian.reduction.residues import ModalFit, measured
 
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["modal_interpolation"]
 
 _LEAST_RADIUS = 1e-3
-_REPORTED = 50
-"""The number of progress reports in a run."""
 
 
 def modal_interpolation(
@@ -71,9 +69,13 @@ def modal_interpolation(
     objective = options.objective or ("h2" if settings.fades else "l2")
     loss = _FrequencyLoss(unit) if objective == "h2" else _TimeLoss(unit)
     ceiling = math.inf if settings.least_decay is None else math.exp(-settings.least_decay)
-    moving = torch.stack([present, paired, present, paired]).double()
-    parameters = _descended(
-        parameters, loss, moving, ceiling, options, lambda part: settings.tick(part * len(rows))
+    parameters = descended(
+        parameters,
+        loss,
+        options,
+        moving=torch.stack([present, paired, present, paired]).double(),
+        confine=lambda all_: all_[0].clamp_(_LEAST_RADIUS, ceiling),
+        tick=lambda part: settings.tick(part * len(rows)),
     )
     radius, angle, a, b = parameters
     poles = torch.where(present, torch.polar(radius, angle), 0)
@@ -116,40 +118,6 @@ def _initial(
     residues = noise.unsqueeze(1).expand(2, *present.shape) / (length * order.unsqueeze(-1)).sqrt()
     residues = residues * torch.stack([present, paired])
     return torch.cat([torch.stack([radius, angle]), residues])
-
-
-def _descended(
-    parameters: Tensor,
-    loss: Callable[[Tensor], tuple[Tensor, Tensor]],
-    moving: Tensor,
-    ceiling: float,
-    options: Gradient,
-    tick: Callable[[float], None],
-) -> Tensor:
-    """Run Adam and return the best parameters of every channel, (4, B, m)."""
-    parameters = parameters.clone()
-    parameters[0].clamp_(_LEAST_RADIUS, ceiling)
-    best, least = parameters.clone(), parameters.new_full(parameters.shape[1:2], torch.inf)
-    mean, square = torch.zeros_like(parameters), torch.zeros_like(parameters)
-    every = max(1, options.steps // _REPORTED)
-    for step in range(options.steps + 1):
-        value, slope = loss(parameters)
-        better = value < least
-        least = torch.where(better, value, least)
-        best = torch.where(better.unsqueeze(-1), parameters, best)
-        if step == options.steps:
-            break
-        slope = torch.nan_to_num(slope, 0.0, 0.0, 0.0).mul_(moving)
-        mean.lerp_(slope, 0.1)
-        square.mul_(0.999).addcmul_(slope, slope, value=0.001)
-        rate = options.learning_rate * 0.5 * (1 + math.cos(math.pi * step / options.steps))
-        rate /= 1 - 0.9 ** (step + 1)
-        width = (square / (1 - 0.999 ** (step + 1))).sqrt_().add_(1e-12)
-        parameters.addcdiv_(mean, width, value=-rate)
-        parameters[0].clamp_(_LEAST_RADIUS, ceiling)
-        if (step + 1) % every == 0:
-            tick(every / options.steps)
-    return best
 
 
 class _TimeLoss:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import math
 from typing import ClassVar
 
 from torch import Tensor
 
+from gramian._checks import check_choice
 from gramian.reduction.balanced import balanced
+from gramian.reduction.descent import Descent
 from gramian.reduction.gradient import modal_interpolation
 from gramian.reduction.modal_truncation import modal_truncation
 from gramian.reduction.problem import INITIALIZATIONS, OBJECTIVES, Problem
@@ -66,43 +67,36 @@ class ModalTruncation(Method):
 
 
 @dataclasses.dataclass(frozen=True)
-class Gradient(Method):
+class Gradient(Descent, Method):
     """Optimize poles and residues with Adam (arXiv 2310.18780, section 3.2).
 
     Args:
         steps: The number of steps, at least 1.
-        learning_rate: The learning rate of the first step, above 0. It is annealed to 0.
+        learning_rate: The learning rate of the first step, above 0.
         objective: "l2", the error over the taps, or "h2", the error of the transfer function on
             roots of unity. None chooses "h2" if the tail counts as silence, and "l2" otherwise.
         initialization: "even" places poles at evenly spaced angles close to the unit circle, and
             "ring" at random places there.
         seed: The seed of the initialization.
+        schedule: "cosine" anneals the learning rate to 0, and "constant" keeps it.
+        weight_decay: The decoupled weight decay of AdamW, at least 0, of poles and residues.
 
     Raises:
         ValueError: if an option is out of range.
     """
 
     name = "gradient"
-    steps: int = 20_000
-    learning_rate: float = 3e-3
     objective: str | None = None
     initialization: str = "even"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be an integer, at least 1; got {self.steps!r}.")
-        rate = self.learning_rate
-        if not (isinstance(rate, int | float) and 0 < rate < math.inf):
-            raise ValueError(f"learning_rate must be a finite number above 0; got {rate!r}.")
+        super().__post_init__()
         for option, accepted in (
             ("objective", (None, *OBJECTIVES)),
             ("initialization", INITIALIZATIONS),
         ):
-            value = getattr(self, option)
-            if value not in accepted:
-                names = ", ".join(map(repr, accepted))
-                raise ValueError(f"{option} must be one of {names}; got {value!r}.")
+            check_choice(option, getattr(self, option), accepted)
         if not isinstance(self.seed, int):
             raise ValueError(f"seed must be an integer; got {self.seed!r}.")
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import os
+import pickle
 from collections import namedtuple
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from typing_extensions import Self, TypeVar, dataclass_transform
+
+from gramian._staging import staged_file
 
 __all__ = [
     "State",
@@ -43,6 +48,8 @@ class State(tuple[Any, ...]):
             lambda leaves, _: cls(*leaves),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
         )
+        # A state is made of tensors only, so `torch.load` may make one with `weights_only=True`.
+        torch.serialization.add_safe_globals([cls])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Return a state of the same type, with `function` applied to every batched tensor."""
@@ -77,6 +84,42 @@ class State(tuple[Any, ...]):
                 device=device, dtype=dtype if tensor.is_floating_point() else None
             )
         )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file, completely or not at all.
+
+        `load` reads the file, and so does `torch.load` with `weights_only=True`. The file does not
+        say which model the state belongs to; `GramianCache.save` writes a file that does.
+        """
+        with staged_file(Path(path)) as stage:
+            torch.save(self.clone(), stage)  # a view would be written with all that it views
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> Self:
+        """Read a state that `save` has written.
+
+        Args:
+            path: The file.
+            device: The device of the state; by default the device on which it was saved.
+
+        Raises:
+            FileNotFoundError: if the file does not exist.
+            ValueError: if the file cannot be read, or holds no state of this class. A class of
+                your own must be imported before.
+        """
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{os.fspath(path)} cannot be read as a state: it is damaged, or holds a class "
+                "that is not imported."
+            ) from error
+        if not isinstance(state, cls):
+            raise ValueError(
+                f"{os.fspath(path)} holds an object of type {type(state).__name__}; a "
+                f"{cls.__name__} is needed."
+            )
+        return state
 
     @property
     def nbytes(self) -> int:

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from typing_extensions import Self
 
+from gramian._checks import check_positive
 from gramian.ops import causal_convolution
 from gramian.ops.devices import from_host
 from gramian.ops.vandermonde import (
@@ -212,6 +213,45 @@ class Modal(TimeInvariantSystem[ModalState]):
         """Return the largest modulus of poles with nonzero residues, (*C); 0 if none exist."""
         radii = torch.where(self.residues != 0, self.poles.abs(), 0.0)
         return torch.nn.functional.pad(radii, (0, 1)).amax(-1)
+
+    def resample(self, step: float) -> Modal:
+        """Return the system for samples that are `step` samples of this system apart.
+
+        The input is held between the new samples (zero-order hold). For an integer step, the new
+        system thus returns every `step`-th output of this system, the last of each held input, and
+        its taps are sums of `step` taps. Other steps take principal powers of the poles; that of a
+        negative pole is complex.
+
+        Args:
+            step: The distance of new samples in old ones. It is above 1 for a lower sampling rate,
+                and below 1 for a higher rate.
+
+        Raises:
+            ValueError: if the step is not a positive, finite number; or if it is below 1 and a pole
+                with a nonzero residue is 0, since its mode has no value between samples.
+        """
+        check_positive(step=step)
+        idle = self.residues == 0  # padding
+        if step < 1 and bool(((self.poles == 0) & ~idle).any()):
+            raise ValueError("a pole at 0 has no value between samples; the step must be >= 1.")
+        poles = self.poles.to(torch.complex128)
+        z = torch.where(poles == 0, -1e3, poles.log())  # its exponential is 0 too
+        # Σ_{i<m} λ^i = (λ^m - 1) / (λ - 1), which is m at λ = 1.
+        still = z == 0
+        one = torch.expm1(torch.where(still, 1, z))
+        begun = torch.where(still, step - 1, torch.expm1((step - 1) * z) / one)
+        held = torch.where(still, step, torch.expm1(step * z) / one)
+        residues = self.residues.to(torch.complex128)
+        d = self.d + torch.where(idle, 0, residues * begun).real.sum(-1).to(self.d.dtype)
+        residues = torch.where(idle, 0, residues * torch.exp((step - 1) * z) * held)
+        poles = torch.exp(step * z)
+        return dataclasses.replace(
+            self,
+            poles=poles.to(self.poles.dtype),
+            residues=residues.to(self.residues.dtype),
+            d=d,
+            real=self.real and not bool(poles.imag.any()),
+        )
 
     def recurrence(self, form: str | None = None) -> ModalRecurrence:
         """Return the recurrence. Each step takes one complex multiplication for each mode.

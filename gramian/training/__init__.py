@@ -15,6 +15,10 @@ table and one figure.
 This package needs the extra `train` (`pip install "gramian[train]"`).
 """
 
+from gramian._extras import require
+
+require("gramian.training", "train", "transformers", "accelerate", "datasets", "yaml", "matplotlib")
+
 from gramian.memory.callbacks import StateSizeCallback
 from gramian.training._run import TrainingReport, train
 from gramian.training._sweep import sweep

@@ -36,7 +36,7 @@ from gramian._staging import staged_file
 from gramian.memory import MemoryLosses, restore_modes
 from gramian.memory.callbacks import StateSizeCallback
 from gramian.memory.truncation import mode_filters
-from gramian.models import GramianConfig
+from gramian.models import GramianConfig, write_card
 from gramian.models.adapters import tokenizer_folder
 from gramian.models.labels import LabelError
 from gramian.tasks import Description, Task, find_kind
@@ -396,6 +396,8 @@ def _losses(model: PreTrainedModel, config: TrainingConfig) -> MemoryLosses | No
             sequences=penalty.sequences,
             channels=penalty.channels,
             hankel=regularization.hankel,
+            normalize_gates=regularization.normalize_gates,
+            gate_layers=regularization.gate_layers,
         )
     except ValueError as error:
         raise ConfigError(f"regularization.{error}") from error
@@ -510,7 +512,28 @@ def _finish(
         seconds=seconds,
         resumed_from=resumed_from,
     )
+    _write_cards(folder, config, trainer, report)
     write_json(folder / "report.json", report.to_dict())
+
+
+def _write_cards(
+    folder: Path, config: TrainingConfig, trainer: GramianTrainer, report: TrainingReport
+) -> None:
+    """Write the model cards of `best/` and `last/`."""
+    model = base_of(trainer.model)
+    about = (
+        f"A `{type(model).__name__}` of {report.parameters:,} parameters, trained on the task "
+        f"`{config.task['name']}` (`gramian train`)."
+    )
+    base = config.model.get("path")
+    if base is not None:
+        about += f" Training started from `{Path(base).resolve().name}`."
+    last = {**report.metrics, "step": report.steps}
+    for name, values in (("best", report.best), ("last", last)):
+        lines = (f"{key}: {value:.6g}" for key, value in values.items())
+        results = f"{config.evaluation.split} split\n" + "\n".join(lines)
+        title = f"{folder.name}/{name}"
+        write_card(folder / name, model, about, results, base=base, name=title)
 
 
 def _read_report(folder: Path) -> TrainingReport:

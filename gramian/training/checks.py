@@ -106,10 +106,10 @@ def check_combinations(
 ) -> None:
     """Check that losses on memory, packed rows and the hardware settings go together."""
     observed = regularization.gates > 0 or regularization.ess.weight > 0
-    if (observed or regularization.hankel > 0) and (hardware.fsdp or hardware.compile):
+    if (observed or regularization.hankel > 0) and hardware.fsdp:
         raise ConfigError(
-            "regularization reads the inputs and the parameters of layers, which is impossible "
-            "with hardware.fsdp or hardware.compile."
+            "regularization reads the parameters of layers outside of their forward passes, where "
+            "hardware.fsdp has only shards of them."
         )
     if regularization.truncation > 0 and (hardware.fsdp or hardware.compile):
         raise ConfigError(

@@ -116,6 +116,18 @@ class Regularization:
         "recurrences towards 1; 0 turns it off.",
         0.0,
     )
+    normalize_gates: bool = setting(
+        "whether that loss is divided by the square root of the number of its terms. If not, it is "
+        "the Frobenius norm `‖A - I‖_F` over the batch, as published.",
+        True,
+    )
+    gate_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "numbers of the layers whose gates that loss reads, counted from 0; None reads "
+            "those of all linear recurrences."
+        },
+    )
     ess: StatePenalty = field(default_factory=StatePenalty)
     hankel: float = setting(
         "weight of `gramian.memory.hankel_penalty`, which makes the Hankel singular values of "

@@ -291,6 +291,12 @@ class GramianTrainer(Trainer):
             self.save_as("best")
         return better
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn as transformers does, but not of tied weights, which a checkpoint has only once."""
+        tied = base_of(self.model).all_tied_weights_keys
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._check_weights()
         super()._save_checkpoint(model, trial)

@@ -8,7 +8,7 @@ import re
 import sys
 import types
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -327,19 +327,25 @@ def test_a_zip_that_is_no_checkpoint(refused: Any, tmp_path: Path) -> None:
 
 
 def test_a_translation_that_forgets_a_weight_makes_no_model(
-    published: Any, monkeypatch: pytest.MonkeyPatch
+    published: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     format = checkpoints.FORMATS["hyenadna"]
     translate = format.translate
 
-    def forgetful(self: Any, *arguments: Any) -> dict[str, torch.Tensor]:
-        state = translate(self, *arguments)
-        del state["model.layers.0.mixer.short.bias"]
-        return state
+    def forgetful(self: Any, *arguments: Any) -> Iterator[dict[str, torch.Tensor]]:
+        for part in translate(self, *arguments):
+            part.pop("model.layers.0.mixer.short.bias", None)
+            yield part
 
     monkeypatch.setattr(format, "translate", forgetful)
+    file = published("hyenadna_tiny").file
     with pytest.raises(RuntimeError, match=r"not translated whole.*mixer\.short\.bias"):
-        checkpoints.load(published("hyenadna_tiny").file)
+        checkpoints.load(file)
+    with pytest.raises(
+        RuntimeError, match=r"1 tensors .* missing: .*layers\.0\.mixer\.short\.bias"
+    ):
+        checkpoints.convert(file, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_belongs_to_one_format() -> None:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 import gramian
 from gramian import checkpoints
-from gramian.checkpoints.files import read_checkpoint
+from gramian.checkpoints.files import open_checkpoint
 from gramian.filters import ExplicitFilter, ModalFilter
 from gramian.models import GramianForCausalLM, load
 
@@ -318,7 +318,7 @@ def test_the_published_logits_and_blocks(
 def test_the_equations_are_the_published_ones(expected: dict[str, Tensor]) -> None:
     """Hold the reference of the other tests against the published implementation."""
     config = json.loads(TINY.with_suffix(".json").read_text())
-    tensors = read_checkpoint(TINY).tensors
+    tensors = open_checkpoint(TINY).tensors
     made = reference(config, tensors, expected["input_ids"][:1])
     torch.testing.assert_close(made.float(), expected["logits"][:1], rtol=0, atol=2e-5)
 
@@ -384,7 +384,7 @@ def test_a_cache_keeps_nothing_of_the_prompt_but_its_state(
 def test_it_is_saved_and_loaded_with_its_stored_frequencies(
     tiny: GramianForCausalLM, expected: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    stored = read_checkpoint(TINY).tensors["blocks.3.inner_mha_cls.rotary_emb.inv_freq"]
+    stored = open_checkpoint(TINY).tensors["blocks.3.inner_mha_cls.rotary_emb.inv_freq"]
     assert stored.dtype == torch.bfloat16
     assert list(tiny.model.layers[3].mixer.rotary_frequencies) == stored.tolist()
     tiny.save_pretrained(tmp_path)
@@ -409,7 +409,7 @@ def test_projections_in_fp8_are_their_definition(expected: dict[str, Tensor]) ->
         return torch.where(up, above, below)
 
     model = checkpoints.load(TINY, dtype=torch.float32, fp8=True).model
-    content = read_checkpoint(TINY)
+    content = open_checkpoint(TINY)
     for layer in (0, 1, 2):
         projection = model.model.layers[layer].mixer.in_proj
         state = content.states[f"blocks.{layer}.projections._extra_state"]
@@ -506,7 +506,7 @@ def test_parts_of_safetensors_are_read_among_files_of_other_names(tmp_path: Path
         (tmp_path / name).write_bytes(b"no part")
     (tmp_path / "model.safetensors.part11").mkdir()
     for named in (tmp_path, tmp_path / "model.safetensors.part0"):
-        assert torch.equal(read_checkpoint(named).tensors["weight"], tensors["weight"])
+        assert torch.equal(open_checkpoint(named).tensors["weight"], tensors["weight"])
 
 
 @pytest.mark.parametrize("value", ["true", "false", 1, 0])

@@ -122,6 +122,7 @@ def test_an_answer_that_needs_no_model_waits_for_nothing(
         ("distill empty out", "no config.json"),
         ("distill corrupt out", "cannot be read"),
         ("distill distilled out", "nothing to distil"),
+        ("distill model out --max-shard-size 5XB", "--max-shard-size: "),
         ("generate missing --prompt x", "there is no model folder missing"),
         (
             "generate wordless --prompt x",
@@ -190,8 +191,10 @@ def test_debug_is_an_option_and_no_word_of_a_prompt(workplace: Path, call: Call)
 
 def test_distil_and_generate(workplace: Path, tmp_path: Path, call: Call) -> None:
     out = tmp_path / "deep" / "out"
-    status, written, err = call(f"distill {workplace / 'model'} {out} --order 5 --json", tmp_path)
+    command = f"distill {workplace / 'model'} {out} --order 5 --max-shard-size 50KB --json"
+    status, written, err = call(command, tmp_path)
     assert status == 0, err
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 1
     report = json.loads(written)
     assert report["order"] == 5 and report["max_order"] <= 5
     assert json.loads((out / "distillation.json").read_text()) == report
@@ -353,6 +356,9 @@ def test_distill_under_a_budget_of_quality_on_a_text(workplace: Path, call: Call
     assert quality["trials"][-1]["increase"] <= 0.05
     written = {path.name for path in (workplace / "budgeted").iterdir()}
     assert {"distillation.json", "distillation.png", "model.safetensors"} <= written
+    card = (workplace / "budgeted/README.md").read_text(encoding="utf-8")
+    assert "\n# budgeted\n\nA `GramianForCausalLM` made from `model`." in card
+    assert "order min/mean/max" in card and str(workplace) not in card
     assert load(workplace / "budgeted").config.filter[0]["type"] == "modal"
 
 

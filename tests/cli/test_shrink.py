@@ -55,6 +55,8 @@ def test_shrink_writes_a_folder_that_transformers_reads(workplace: Path, call: C
     assert {"shrinkage.png", "model.safetensors", "tokenizer_config.json"} <= {
         path.name for path in (workplace / "small").iterdir()
     }
+    card = (workplace / "small/README.md").read_text(encoding="utf-8")
+    assert "\nA `Mamba2ForCausalLM` made from `mamba2`:" in card and "import gramian" not in card
     small = Mamba2ForCausalLM.from_pretrained(workplace / "small")
     assert small.config.state_size == 8 and report["states_after"] == 16
 

@@ -342,6 +342,22 @@ def _limits(part: str, *names: str) -> Callable[[Results], str]:
     return text
 
 
+def _contention(case: str) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        found, summary = r["cases"][case], r["summary"][case]
+        alone = found["quiet"]["one thread"]["median"]
+        ratios = (
+            found[condition][side]["median"] / alone
+            for side in ("adaptive", "default")
+            for condition in ("quiet", "busy")
+        )
+        quiet, busy, default_quiet, default_busy = (f"{ratio:.2f}" for ratio in ratios)
+        slowest = f"{summary['slowest over median']:.1f}"
+        return f"{quiet}, {busy} (slowest {slowest} times); default {default_quiet}, {default_busy}"
+
+    return text
+
+
 def _long_agreement(r: Results) -> str:
     run = r["agreement"]
     within = 100 * run["means_within_stated_error"]
@@ -372,11 +388,12 @@ def _long_stated(r: Results) -> str:
 
 
 def _long_head(r: Results) -> str:
-    run = r["head"]["rows_computed_again"]
-    memory = run["additional_peak_memory_mib"]
-    return (
-        f"{run['seconds']:.0f} s, {memory:,.0f} MiB (the map: {r['head']['mib_of_the_map']:,.0f})"
+    runs = (r["head"][name] for name in ("rows_kept", "rows_computed_again"))
+    kept, again = (
+        f"{run['processor_seconds']:.0f} s, {run['additional_peak_memory_mib']:,.0f} MiB"
+        for run in runs
     )
+    return f"{kept} (rows kept); {again} (computed again for every product)"
 
 
 def _wholly_read(r: Results) -> str:
@@ -386,6 +403,19 @@ def _wholly_read(r: Results) -> str:
 def _missing_or_wrong(r: Results) -> str:
     verdicts = r["summary"]["verdicts"]
     return str(verdicts["silent"] + verdicts["wrong"] + verdicts["raises"])
+
+
+def _outcomes(r: Results) -> str:
+    found = [row["outcome"] for row in r["trials"].values()]
+    return ", ".join(str(found.count(outcome)) for outcome in ("works", "refused", "fails"))
+
+
+def _served(key: str, form: str, unit: str = "") -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        rows = (r["rows"][f"{model}, 8 clients"] for model in ("original", "distilled", "GPT-2"))
+        return ", ".join(f"{row[key]:{form}}{unit}" for row in rows)
+
+    return text
 
 
 def _largest(error: str) -> Callable[[Results], str]:
@@ -439,6 +469,14 @@ def _growth(label: str) -> Callable[[Results], str]:
     return text
 
 
+def _normalized(r: Results) -> str:
+    means = []
+    for factor in (1 / 16, 1, 64):
+        right = [run["accuracy"] for run in r["runs"] if run["normalization"] == factor]
+        means.append(f"{sum(right) / len(right):.2f}")
+    return ", ".join(means)
+
+
 def _lifted(mixer: str) -> Callable[[Results], str]:
     def text(r: Results) -> str:
         means = []
@@ -466,6 +504,27 @@ def _task(task: str, layer: str) -> Callable[[Results], str]:
     return text
 
 
+def _hybrid(part: str, size: int) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        whole = r["tried"]["whole"]["losses"]
+
+        def increase(criterion: str, seeds: Iterable[int] = (0,)) -> float:
+            each = [
+                (a - b) / n
+                for seed in seeds
+                for one in [r["tried"][f"{part} {size} {criterion} {seed}"]]
+                for a, b, n in zip(one["losses"], whole, one["counts"], strict=False)
+            ]
+            return sum(each) / len(each)
+
+        names = ("output", "realization", "state", "magnitude")
+        return ", ".join(
+            f"{value:+.3f}" for value in [*map(increase, names), increase("random", range(3))]
+        )
+
+    return text
+
+
 def _genomes(model: str, job: str) -> Callable[[Results], str]:
     def text(r: Results) -> str:
         peaks = [
@@ -484,13 +543,18 @@ def _exponents(r: Results) -> str:
 
 
 def _per_layer(r: Results) -> str:
-    """What the peak of memory grows by, over what the model does, and what is above the largest."""
+    """What the peak grows by, over what the model does, and what it is for the largest model."""
     rows = [row for row in r["rows"] if row["axis"] == "layers"]
     first, last = rows[0], rows[-1]
     grown = last["model MiB"] - first["model MiB"]
     whole, own = ((last[kind] - first[kind]) / grown for kind in ("MiB", "MiB not mapped"))
+    growth = f"{whole:.2f} (not mapped: {own:.2f}), at the end"
     above = (last["MiB"] - last["model MiB"]) / last["layer MiB"]
-    return f"{whole:.2f} (not mapped: {own:.2f}), at the end {above:.1f} layers above the model"
+    if above < 0:
+        return (
+            f"{growth} {last['MiB'] / last['layer MiB']:.1f} layers of the model's {last['layers']}"
+        )
+    return f"{growth} {above:.1f} layers above the model"
 
 
 def _stands(text: str) -> Callable[[Results], str]:
@@ -578,6 +642,10 @@ FIGURES: dict[str, list[Row]] = {
         ("limits", _limits("ess")),
         ("limits", _limits("reduction")),
     ],
+    "Other processes": [
+        ("contention", _contention(case))
+        for case in ("layer 1024", "layer 4096", "demo step", "decode", "reduce", "analyze")
+    ],
     "Online convolution": [
         ("online_convolution", _online("FFT recomputation")),
         ("online_convolution", _online("dot product")),
@@ -660,12 +728,20 @@ FIGURES: dict[str, list[Row]] = {
         ("coverage", _largest("size_error")),
         ("coverage", _largest("output_error")),
     ],
+    "Other tools": [
+        ("ecosystem_loading", _outcomes),
+        ("ecosystem_serving", _outcomes),
+    ],
+    "Serving": [
+        ("serving", _served("requests a second", ".1f")),
+        ("serving", _served("processor seconds a request", ".2f", " s")),
+    ],
     "Long contexts": [
         ("long_context_agreement", _long_agreement),
         ("long_context_agreement", _long_sizes),
         ("long_context_model", _long_model),
         ("long_context_model", _long_stated),
-        (None, _stands("not measured yet")),
+        ("long_context_head", _long_head),
     ],
     "Memory at delimiters": [
         ("state_modulation", _modulation("documents")),
@@ -680,12 +756,18 @@ FIGURES: dict[str, list[Row]] = {
         ("ess_effects_state", _growth("GLA")),
         ("ess_effects_state", _growth("GLA-S6, c = 1")),
         ("ess_effects_state", _growth("GLA-S6, c = n")),
+        ("ess_effects_normalization", _normalized),
         ("ess_effects_regularizer", _lifted("GLA")),
     ],
     "Memory and distillation": [
         ("ess_distillation", _rank_correlation("error")),
         ("ess_distillation", _rank_correlation("divergence")),
         ("ess_distillation", _rank_correlation("increase")),
+    ],
+    "Planning hybrids": [
+        ("planning", _hybrid("layers", 10)),
+        ("planning", _hybrid("heads", 45)),
+        ("planning", _hybrid("recurrences", 10)),
     ],
     "Genomes": [
         ("genomes", _genomes(model, job))

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import _published_page as published
+from benchmarks import ecosystem, serving
 from benchmarks._coverage_page import fill, summary
+from benchmarks._pages import fill_marks
 from tests.docs.benchmark_figures import FIGURES, load, machine
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +52,36 @@ def test_the_page_on_coverage_is_made_from_the_results() -> None:
     results = load("coverage")
     assert fill(page, results) == page
     assert summary(results["rows"]) == results["summary"]
+
+
+def test_the_page_on_published_results_is_made_from_the_tables() -> None:
+    page = published.PAGE.read_text(encoding="utf-8")
+    assert fill_marks(page, published.blocks()) == page
+    for table in (table for paper in published.tables().values() for table in paper):
+        widths = {len(row) for row in (*table["rows"], *table["ours"])}
+        assert widths == {len(table["columns"]) + 1}, table["name"]
+        # Of Gramian's values there is a file of results, or nothing.
+        for cell in (cell for row in table["ours"] for cell in row[1:]):
+            assert cell is None or published.measured(cell)
+
+
+def test_the_tables_of_the_page_on_tools_and_of_the_guide_to_serving_are_made_from_results() -> (
+    None
+):
+    page = (ROOT / "docs/results/ecosystem.md").read_text(encoding="utf-8")
+    assert fill_marks(page, ecosystem.blocks(ecosystem.kept_rows())) == page
+    guide = (ROOT / "docs/guides/serve.md").read_text(encoding="utf-8")
+    table = serving.serving_table(load("serving")["rows"])
+    assert fill_marks(guide, {"serving": table}) == guide
+
+
+def test_the_page_on_planning_has_the_tables_of_the_results() -> None:
+    pytest.importorskip("transformers")
+    from benchmarks.planning import tables
+
+    page = (ROOT / "docs/results/planning.md").read_text(encoding="utf-8")
+    for table in tables(load("planning")).split("\n\n")[1:]:
+        assert table in page
 
 
 def test_headline_figures_are_those_of_the_results() -> None:

@@ -1,4 +1,4 @@
-"""The blocks of the guides' sections on alphabets, adapters and quantization run as they stand."""
+"""Blocks of the guides run as they stand."""
 
 from __future__ import annotations
 
@@ -122,3 +122,28 @@ def test_the_first_blocks_of_the_guide_to_memory_run() -> None:
     positions = names["torch"].arange(40)
     cap = names["torch"].minimum(positions, 40 - positions)
     assert names["usable"].tolist() == [cap.tolist()] * 4
+
+
+def test_the_sections_on_states_and_sampling_rates_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    blocks = [*section("generate.md", "States on disk")[1:]]
+    blocks += section("state-spaces.md", "Change the sampling rate")
+    for block in blocks:
+        exec(block, {"torch": torch})
+    assert (tmp_path / "state.pt").is_file()
+
+
+def test_the_chat_of_the_guide_to_serving_is_what_the_tokenizer_writes() -> None:
+    models = pytest.importorskip("gramian.models")
+    chat = (GUIDES / "serve.md").read_text(encoding="utf-8").split("```\nsystem: ", 1)[1]
+    chat = "system: " + chat.split("```")[0]
+    messages = [
+        dict(zip(("role", "content"), line.split(": ", 1), strict=True))
+        for line in chat.splitlines()
+    ]
+    assert len(messages) == 3
+    assert models.ByteTokenizer().apply_chat_template(messages, tokenize=False) == chat

@@ -31,6 +31,7 @@ PACKAGES = (
     "gramian.export",
     "gramian.filters",
     "gramian.genomics",
+    "gramian.hybrids",
     "gramian.memory",
     "gramian.mixers",
     "gramian.models",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gramian import DenseOperator, TimeVarying, realize
-from gramian.ess import hankel_singular_values
+from gramian.ess import hankel_singular_values, realization_errors
 from gramian.ess._realize import _realized
 from tests.ess.conftest import attention, make
 
@@ -81,6 +81,33 @@ def test_without_truncation_the_state_is_minimal(name):
         assert system.order == 3
 
 
+@pytest.mark.parametrize("name", MATRICES)
+def test_errors_of_orders_are_those_of_the_recurrences(name):
+    T = matrix(name, 40)
+    orders = [0, 1, 2, 5, 13, 40]
+    errors = realization_errors(T, orders)
+    assert errors.shape == (2, len(orders)) and errors.dtype == torch.float64
+    for column, order in enumerate(orders):
+        system = realize(T, order=order)
+        assert system.order <= order
+        found = norm(system.matrix() - T) / norm(T).clamp_min(1e-300)
+        torch.testing.assert_close(errors[:, column], found, rtol=1e-9, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["attention", "sharp", "random", "smooth"])
+def test_no_recurrence_of_an_order_is_better_than_the_hankel_blocks_allow(name):
+    """A block of a recurrence of n states has rank n at most, so it misses what is beyond."""
+    T = matrix(name, 30)
+    for order in (1, 3, 8):
+        tails = torch.stack(
+            [torch.linalg.svdvals(T[:, i:, :i])[:, order:].norm(dim=-1) for i in range(1, 30)]
+        )
+        errors = realization_errors(T, [order])[:, 0] * norm(T)
+        rounding = 1e-7 * norm(T)
+        assert bool((errors >= tails.amax(0) - rounding).all())
+        assert bool((errors <= tails.norm(dim=0) + rounding).all())
+
+
 def test_the_recurrence_steps_and_contracts():
     T = matrix("attention", 64)
     system = realize(T, 0.05)
@@ -108,6 +135,8 @@ def test_channels_shapes_and_precisions():
     assert realize(T[:0], 0.1).channel_shape == (0, 3)
     same = realize(DenseOperator(T + torch.ones(20, 20).triu(1)), 0.1)
     torch.testing.assert_close(same.matrix(), realize(T, 0.1).matrix())
+    assert realization_errors(T, [1, 2]).shape == (2, 3, 2)
+    assert realization_errors(T[0, 0], []).shape == (0,)
     recurrent = make("delta", 20)
     smaller = realize(recurrent, 1e-9)
     torch.testing.assert_close(smaller.matrix(), recurrent.matrix(), rtol=0, atol=1e-7)
@@ -122,6 +151,9 @@ def test_bad_input_gets_one_sentence():
         (lambda: realize(torch.eye(3), math.nan), ValueError, "tol must be at least 0"),
         (lambda: realize(make("modal", 3), 0.1), TypeError, "realize takes matrices"),
         (lambda: realize(torch.ones(2, 3), 0.1), ValueError, "L, L"),
+        (lambda: realize(torch.eye(3), order=-1), ValueError, "order must be at least 0"),
+        (lambda: realization_errors(torch.eye(3), [2, -1]), ValueError, "at least 0; got -1"),
+        (lambda: realization_errors([[1.0]], [1]), TypeError, "realization_errors takes matrices"),
     ):
         with pytest.raises(error, match=match) as caught:
             call()

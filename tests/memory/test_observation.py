@@ -79,6 +79,21 @@ def test_a_few_channels_and_sequences() -> None:
         observer.operators(channels=0)
 
 
+def test_layers_are_chosen_by_their_numbers() -> None:
+    hyena = Hyena(WIDTH, filter={"type": "rtf", "state_size": 4}, max_length=16)
+    mixers = nn.Sequential(hyena, *(GatedLinearAttention(WIDTH, 2) for _ in range(3)))
+    every = Observer(mixers, GatedLinearAttention)
+    some = Observer(mixers, GatedLinearAttention, layers=[3, 1])
+    mixers(torch.randn(1, 5, WIDTH))
+    first, _, last = every.operators()
+    found = some.operators()
+    for system, expected in zip(found, (first, last), strict=True):
+        assert torch.equal(system.A, expected.A)
+    for layers in ([0], [4], [-1], []):
+        with pytest.raises(ValueError, match=r"GatedLinearAttention, of which .* has 1, 2, 3"):
+            Observer(mixers, GatedLinearAttention, layers=layers)
+
+
 def test_masks_are_those_of_the_pass() -> None:
     mixer = GatedLinearAttention(WIDTH, 2)
     observer = Observer(mixer)

@@ -37,12 +37,27 @@ def test_gate_regularizer_is_the_distance_from_the_identity(kind: str, length: i
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "delta", "dense"])
-def test_gradient_of_the_gate_regularizer(kind: str) -> None:
+def test_without_normalization_it_is_the_frobenius_norm(kind: str) -> None:
+    systems = [make(kind, 7, (2, 3), order) for order in (1, 5)]
+    expected = [
+        torch.linalg.vector_norm(transitions(system) - torch.eye(system.order))
+        for system in systems
+    ]
+    found = gate_regularizer(systems, normalize=False)
+    torch.testing.assert_close(found, (expected[0] + expected[1]) / 2)
+    scaled = (6 * 7 * 5) ** 0.5 * gate_regularizer(systems[1])
+    torch.testing.assert_close(gate_regularizer(systems[1], normalize=False), scaled)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("kind", ["diagonal", "delta", "dense"])
+def test_gradient_of_the_gate_regularizer(kind: str, normalize: bool) -> None:
     system = make(kind, 5, (2,), 3)
     fields = [x.detach().requires_grad_() for x in (system.A, system.p, system.q) if x is not None]
 
     def loss(A: torch.Tensor, *pq: torch.Tensor) -> torch.Tensor:
-        return gate_regularizer(TimeVarying(A, system.B, system.C, system.D, *pq))
+        system_ = TimeVarying(A, system.B, system.C, system.D, *pq)
+        return gate_regularizer(system_, normalize=normalize)
 
     assert torch.autograd.gradcheck(loss, fields)
 

@@ -20,7 +20,11 @@ from gramian.mixers import (
     ShortConvolution,
     WeightedLinearAttention,
 )
-from gramian.mixers.multi_hyena import convolved_outer_products, toeplitz_masked_attention
+from gramian.mixers.multi_hyena import (
+    convolved_outer_products,
+    prefers_convolution,
+    toeplitz_masked_attention,
+)
 from gramian.testing import check_mixer
 
 WIDTH, MAX_LENGTH = 12, 70
@@ -209,6 +213,17 @@ def test_gradients_through_the_state(name, filter_name):
     (torch.cat(outputs, 1) * weight).sum().backward()
     for n, p in mixer.named_parameters():
         torch.testing.assert_close(p.grad, expected[n], rtol=1e-6, atol=1e-9)
+
+
+@every_kind
+def test_a_saved_state_continues_as_the_state_does(name, tmp_path):
+    mixer = make(name, "implicit")
+    x = torch.randn(2, 9, WIDTH)
+    recurrence = mixer.recurrence()
+    _, state = recurrence.prefill(x[:, :8], recurrence.initial_state(2))
+    state.save(tmp_path / "state.pt")
+    read = type(state).load(tmp_path / "state.pt")
+    assert torch.equal(recurrence.step(x[:, 8], read)[0], recurrence.step(x[:, 8], state)[0])
 
 
 @every_kind
@@ -486,3 +501,21 @@ def test_bad_input_gets_one_sentence(call, error, match):
     with pytest.raises(error, match=match) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [9, 400])
+def test_multi_hyena_has_256_filters_for_768_channels(length: int) -> None:
+    """As in RTF's section C.4: heads of width 3, by masked attention and by FFT."""
+    torch.manual_seed(0)
+    mixer = MultiHyena(768, 256, {"type": "modal", "orders": 4}, max_length=length)
+    assert (mixer.head_width, mixer.filter.channels) == (3, 256)
+    assert prefers_convolution(length, 3) == (length == 400)
+    x = torch.randn(1, length, 768)
+    with torch.no_grad():
+        q, k, v, _ = mixer.project(x, None, None)
+        operator = (q @ k.mT) * mixer.filter(length).matrix(length)  # (1, 256, length, length)
+        expected = mixer.merge(operator @ v)
+        torch.testing.assert_close(mixer(x), expected, atol=1e-5, rtol=1e-4)
+        state = mixer.recurrence().initial_state(1)
+    # 3 × 3 products in a head, each with the state of 4 pairs of poles.
+    assert sum(part.numel() for (part,) in state.long) == 256 * 9 * 8

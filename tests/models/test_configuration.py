@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 import gramian
@@ -19,6 +20,7 @@ from gramian.models import (
     GramianForCausalLM,
     GramianForSequenceClassification,
     GramianModel,
+    load,
 )
 
 
@@ -80,6 +82,19 @@ def test_json_round_trip(kwargs: dict[str, Any], tmp_path: Path) -> None:
         assert (read.mixers, read.filter) == (config.mixers, config.filter)
         assert read.attention == config.attention
         assert (read.num_labels, read.problem_type) == (config.num_labels, config.problem_type)
+
+
+def test_layers_have_their_own_numbers_of_heads(tmp_path: Path) -> None:
+    mixers = ["softmax_attention", {"type": "multi_hyena", "heads": 16}]
+    config = GramianConfig(hidden_size=48, num_hidden_layers=2, num_heads=3, mixers=mixers)
+    model = GramianForCausalLM(config).eval()
+    attention, hyena = (layer.mixer for layer in model.model.layers)
+    assert (attention.heads, hyena.heads, hyena.filter.channels) == (3, 16, 16)
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        torch.testing.assert_close(load(tmp_path)(ids).logits, expected)
 
 
 def test_options_of_hyena_and_its_filters_are_saved_and_older_files_load(tmp_path: Path) -> None:
@@ -147,6 +162,12 @@ def test_reading_a_filter_gives_a_copy() -> None:
         ({"intermediate_size": -1}, "intermediate_size must be an integer"),
         ({"hyena_order": 1}, "hyena_order must be an integer of at least 2; got 1"),
         ({"num_heads": 7}, "num_heads must divide hidden_size .* 7 heads and width 256"),
+        (
+            {"mixers": {"type": "multi_hyena", "heads": 7}},
+            "^heads must divide hidden_size for multi_hyena .* 7 heads and width 256",
+        ),
+        ({"mixers": {"type": "multi_hyena", "heads": 0}}, "heads must be an integer of at least 1"),
+        ({"mixers": {"type": "s6", "heads": 2}}, "unknown key of a mixer 's6' 'heads'"),
         ({"block": "conv"}, "block must be one of 'mlp', 'glu', 'mixer'; got 'conv'"),
         ({"block": "glu", "norm": "group"}, "norm must be one of .*; got 'group'"),
         ({"norm": "batch"}, "norm must be one of 'rms', .* in 'mlp' blocks; got 'batch'"),

@@ -280,15 +280,58 @@ def test_a_fresh_process_loads_a_folder_with_trust_remote_code(
     assert sorted(files.split()) == sorted(names)
 
 
-def test_the_map_of_classes_is_in_the_file_alone(
+EARLY = """
+import sys
+
+import transformers
+
+first = transformers
+if sys.argv[2] == "late":  # transformers makes itself a second time when this name is read
+    transformers.ProcessorMixin
+    assert first is not sys.modules["transformers"]
+if sys.argv[2] == "folder":
+    transformers.AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+else:
+    import gramian.models
+for package in (first, sys.modules["transformers"]):
+    for name in ("GramianForCausalLM", "GramianConfig", "GramianModel", "ByteTokenizer"):
+        assert getattr(package, name).__module__.startswith("gramian.models."), name
+config = transformers.AutoConfig.from_pretrained(sys.argv[1])
+getattr(first, config.architectures[0]).from_pretrained(sys.argv[1])
+assert type(transformers.AutoTokenizer.from_pretrained(sys.argv[1])).__name__ == "ByteTokenizer"
+"""
+
+
+@pytest.mark.parametrize("when", ["early", "late", "folder"])
+def test_tools_find_the_classes_in_transformers_however_it_was_imported(
+    writer: GramianForCausalLM, tokenizer: ByteTokenizer, tmp_path: Path, when: str
+) -> None:
+    folder = tmp_path / "model"
+    writer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-c", EARLY, folder, when],
+        capture_output=True,
+        text=True,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "Do you wish to run the custom code" not in ran.stdout
+
+
+def test_configurations_have_the_map_of_classes(
     make_config: MakeConfig, make_tokens: MakeTokens, tmp_path: Path
 ) -> None:
     config = make_config()
     config.save_pretrained(tmp_path)
-    assert not hasattr(config, "auto_map")
+    assert "auto_map" not in config.to_dict()
     assert AUTO_MAP["AutoConfig"] in (tmp_path / "config.json").read_text()
     read = AutoConfig.from_pretrained(tmp_path)
     assert type(read) is GramianConfig
+    assert read.auto_map == config.auto_map == AUTO_MAP
     assert read.to_diff_dict() == config.to_diff_dict()
     model = GramianForCausalLM(config).eval()
     model.save_pretrained(tmp_path)
@@ -300,6 +343,29 @@ def test_the_map_of_classes_is_in_the_file_alone(
     assert load(tmp_path).config.to_diff_dict() == model.config.to_diff_dict()
     with pytest.raises(AssertionError, match="should be a directory"):
         config.save_pretrained(tmp_path / "config.json")
+
+
+def test_generation_ends_at_a_string(writer: GramianForCausalLM, tokenizer: ByteTokenizer) -> None:
+    inputs = tokenizer(TEXT, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    whole = writer.generate(**inputs, max_new_tokens=10, do_sample=False)[0, length:]
+    end = tokenizer.decode(whole[3:5])
+    for cached in (True, False):
+        stopped = writer.generate(
+            **inputs,
+            max_new_tokens=10,
+            do_sample=False,
+            use_cache=cached,
+            stop_strings=[end],
+            tokenizer=tokenizer,
+        )
+        assert torch.equal(stopped[0, length:], whole[:5])
+
+
+def test_continuous_batching_is_refused(writer: GramianForCausalLM) -> None:
+    with pytest.raises(NotImplementedError, match="give generate a padded batch of prompts"):
+        writer.generate_batch([[1, 2], [3]])
+    assert not hasattr(writer, "init_continuous_batching")  # servers ask this
 
 
 MIXERS: dict[str, Any] = {

@@ -460,3 +460,17 @@ def test_a_filter_of_ones_own(
     for name, tensor in everything(half).items():
         if ".filter." in name:
             assert torch.equal(tensor, everything(model)[name]), name
+
+
+def test_a_file_that_cannot_be_mapped_is_to_be_saved_in_parts(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux refuses to map a file that is larger than the memory."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("unable to mmap 42949672960 bytes: Cannot allocate memory (12)")
+
+    make(make_config).save_pretrained(tmp_path)
+    monkeypatch.setattr("gramian.models.loading.safe_open", refuse)
+    with pytest.raises(ValueError, match=r"cannot be mapped .*\(12\)\); save .*smaller files"):
+        load(tmp_path)

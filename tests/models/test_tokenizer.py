@@ -84,3 +84,21 @@ def test_what_it_saves_needs_no_code_of_ours(tmp_path: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.stdout.strip() == str(list("hé <|eos|>".encode())), done.stderr
+
+
+def test_a_chat_is_plain_text_whose_answers_are_marked(tmp_path: Path) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello, <|eos|>!"},
+        {"role": "assistant", "content": "Hi."},
+    ]
+    text = "system: Be brief.\nuser: Hello, <|eos|>!\nassistant: Hi.\n"
+    ByteTokenizer().save_pretrained(tmp_path)
+    for tokenizer in (ByteTokenizer(), AutoTokenizer.from_pretrained(tmp_path)):
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == text
+        asked = tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True)
+        assert tokenizer.decode(asked["input_ids"]) == text.removesuffix("Hi.\n")
+        found = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True)
+        assert found["input_ids"] == list(text.encode())
+        assert found["assistant_masks"] == [0] * (len(text) - 4) + [1] * 4
+    assert ByteTokenizer(chat_template="x").chat_template == "x"

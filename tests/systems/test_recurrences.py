@@ -7,6 +7,7 @@ import dataclasses
 import pickle
 import re
 from functools import cache
+from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -353,6 +354,40 @@ def test_states_are_pickled() -> None:
         again = pickle.loads(pickle.dumps(state))
         assert type(again) is type(state)
         assert_close(tuple(again), tuple(state))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_saved_state_continues_as_the_state_does(name: str, tmp_path: Path) -> None:
+    recurrence = recurrence_of(name)
+    state = warm(recurrence)
+    state.save(tmp_path / "state.pt")
+    read = type(state).load(tmp_path / "state.pt")
+    plain = torch.load(tmp_path / "state.pt", weights_only=True)
+    u = torch.randn(2, CHANNELS, dtype=torch.float64)
+    expected = recurrence.advance(u, state)[0]
+    for again in (read, plain):
+        assert type(again) is type(state)
+        assert torch.equal(recurrence.advance(u, again)[0], expected)
+
+
+def test_a_file_without_the_state_gets_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    state = StateSpaceState(torch.ones(4, 2)[:1])
+    state.save(path)
+    assert torch.load(path, weights_only=True)[0].untyped_storage().nbytes() == 8
+    assert State.load(path, "meta")[0].is_meta
+    with pytest.raises(ValueError, match="of type StateSpaceState; a ModalState is needed"):
+        ModalState.load(path)
+    torch.save([Modal], path)
+    with pytest.raises(
+        ValueError, match="cannot be read as a state: it is damaged, or holds a class"
+    ):
+        State.load(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="cannot be read as a state"):
+        State.load(path)
+    with pytest.raises(FileNotFoundError):
+        State.load(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("name", ["modal", "dplr", "window", "online", "transfer_function"])

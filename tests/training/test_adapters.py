@@ -91,9 +91,12 @@ def test_a_run_holds_an_adapter_of_its_base(tmp_path: Path, base: Path) -> None:
     for name in ("best", "last"):
         folder = tmp_path / "run" / name
         assert {file.name for file in folder.iterdir()} == {
+            "README.md",
             "adapter_config.json",
             "adapter_model.safetensors",
         }
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert "\nlibrary_name: peft\n" in card and 'pip install "gramian[adapters]"' in card
         values = json.loads((folder / "adapter_config.json").read_text())
         assert values["base_model_name_or_path"] == str(base.resolve())
         assert (values["r"], values["lora_alpha"], values["task_type"]) == (4, 8, "CAUSAL_LM")

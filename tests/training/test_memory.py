@@ -121,6 +121,49 @@ def test_parts_of_a_batch_add_up_to_its_loss(tmp_path: Path) -> None:
     assert parted["gate_regularizer"] == pytest.approx(whole["gate_regularizer"], rel=1e-2)
 
 
+@pytest.mark.slow
+def test_losses_on_memory_are_the_same_in_compiled_training(tmp_path: Path) -> None:
+    losses = {"gates": 1.0, "ess": {"weight": 0.1, "share": 0.5}}
+    found = []
+    for compiled in (False, True):
+        values = run(tmp_path / str(compiled), regularization=losses)
+        values["optimization"] |= {"steps": 3}
+        values["hardware"] |= {"compile": compiled}
+        train(parse_config(values))
+        lines = read_lines(tmp_path / str(compiled) / "metrics.jsonl")
+        found.append([line for line in lines if "loss" in line])
+    for plain, compiled in zip(*found, strict=True):
+        for name in ("loss", "gate_regularizer", "ess_penalty"):
+            assert compiled[name] == pytest.approx(plain[name], rel=1e-4)
+
+
+def test_gates_of_chosen_layers_without_normalization(tmp_path: Path) -> None:
+    """The first step logs the Frobenius norm of the second layer's gates alone."""
+    regularization = {"gates": 1e-3, "normalize_gates": False, "gate_layers": [1]}
+    values = run(tmp_path / "run", regularization=regularization)
+    values["optimization"] |= {"steps": 1}
+    train(parse_config(values))
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    logged = next(line["gate_regularizer"] for line in lines if "loss" in line)
+    # 8 sequences of 16 tokens, 2 heads and 8 states; gates near 1/2 are as far from 1.
+    assert logged == pytest.approx(0.5 * (8 * 16 * 2 * 8) ** 0.5, rel=0.1)
+
+    net, ids = model(["hyena", "gated_linear_attention"]), torch.randint(0, 32, (3, 20))
+    losses = MemoryLosses(net, 2.0, normalize_gates=False, gate_layers=[1])
+    observer = Observer(net, LinearRecurrence)
+    net(ids, use_cache=False)
+    total, logs = losses()
+    norm = gate_regularizer(observer.operators(), normalize=False)
+    torch.testing.assert_close(total, 2.0 * norm)
+    assert logs["gate_regularizer"] == pytest.approx(norm.item())
+    with pytest.raises(ValueError, match=r"LinearRecurrence, of which .* has 1; got \[0\]"):
+        MemoryLosses(net, 1.0, gate_layers=[0])
+    values["regularization"] = {"gates": 1.0, "gate_layers": [2]}
+    values["output"] = str(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"has 0, 1; got \[2\]"):
+        train(parse_config(values))
+
+
 def test_losses_are_those_of_the_observed_operators() -> None:
     net, ids = model(), torch.randint(0, 32, (3, 20))
     losses = MemoryLosses(net, 0.5, 2.0, target=3.0, sequences=3, channels=8)
@@ -263,7 +306,8 @@ def test_what_cannot_be_measured_does_not_end_training(tmp_path: Path) -> None:
         ({"regularization": {"gates": -1}}, "regularization.gates must be at least 0"),
         ({"regularization": {"gate": 1}}, "gates"),
         ({"evaluation": {"ess": {"rows": 1, "every": 0}}}, "evaluation.ess.every"),
-        ({"regularization": {"gates": 1}, "hardware": {"compile": True}}, "hardware.compile"),
+        ({"regularization": {"gates": 1}, "hardware": {"fsdp": True}}, "only shards"),
+        ({"regularization": {"gate_layers": 1}}, "gate_layers"),
     ],
 )
 def test_settings_that_do_not_fit(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -325,8 +369,8 @@ def test_packed_rows_go_with_the_loss_on_filters_only() -> None:
     with pytest.raises(ConfigError, match=r"regularization\.gates and .*ess read rows"):
         parse_config(values)
     values["optimization"]["packing"] = False
-    values["regularization"], values["hardware"] = {"hankel": 1.0}, {"compile": True}
-    with pytest.raises(ConfigError, match=r"impossible with hardware\.fsdp or hardware\.compile"):
+    values["regularization"], values["hardware"] = {"hankel": 1.0}, {"fsdp": True}
+    with pytest.raises(ConfigError, match=r"hardware\.fsdp has only shards"):
         parse_config(values)
     values["regularization"] = {"hankel": -1.0}
     with pytest.raises(ConfigError, match=r"regularization\.hankel must be at least 0"):

@@ -278,6 +278,24 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "optimization.learning_rate": 6e-4,
         "optimization.weight_decay": 0.1,
     },
+    "pile_multi_hyena_attention": SAFARI
+    | {
+        "model.hidden_size": 768,
+        "model.num_hidden_layers": 12,
+        "model.mixers": ["softmax_attention", {"type": "multi_hyena", "heads": 256}] * 6,
+        "model.filter.type": "implicit",
+        "model.filter.embedding_features": 33,
+        "model.filter.hidden": 64,
+        "model.filter.inner_layers": 2,
+        "model.filter.frequency": 14.0,
+        "model.filter.trainable_time": True,
+        "model.max_position_embeddings": 2048,
+        "model.dropout": 0.0,
+        "model.embedding_dropout": 0.1,
+        "optimization.batch_size": 256,
+        "optimization.learning_rate": 6e-4,
+        "optimization.weight_decay": 0.1,
+    },
     "mqar": ZOOLOGY | {"optimization.learning_rate": 2.1544e-3},
     "mqar_sweep": ZOOLOGY,
 }
@@ -286,6 +304,12 @@ NOT_PUBLISHED = {
     "wikitext103_hyena": {"optimization.steps"},  # 100 epochs of a corpus of about 900 batches
     "wikitext103_hyena_rtf": {"optimization.steps"},
     "pile_multi_hyena": {"model.mixers", "model.num_heads", "optimization.steps"},
+    "pile_multi_hyena_attention": {
+        "model.num_heads",  # of attention
+        "model.tie_word_embeddings",
+        "model.intermediate_size",
+        "optimization.steps",
+    },
     "mqar": {"model.mixers", "model.num_heads", "model.intermediate_size"},
     "mqar_sweep": {
         "model.mixers",
@@ -442,7 +466,9 @@ def filter_of(config: TrainingConfig) -> Filter:
     channels = model.hidden_size * (2 if model.bidirectional else 1)
     with torch.device("meta"):
         return build(
-            model.filter_of(0), channels=channels, max_length=model.max_position_embeddings
+            model.filter_of(model.num_hidden_layers - 1),
+            channels=channels,
+            max_length=model.max_position_embeddings,
         )
 
 

@@ -96,6 +96,7 @@ def test_models_are_built_at_full_size(file: Path) -> None:
         # What the published configurations come to, embeddings once.
         ("wikitext103_hyena", (120, 130)),
         ("pile_multi_hyena", (120, 160)),
+        ("pile_multi_hyena_attention", (155, 165)),
     ],
 )
 def test_language_models_have_the_published_size(recipe: str, millions: tuple[int, int]) -> None:
@@ -127,6 +128,9 @@ def shrink(values: dict[str, Any], output: Path) -> dict[str, Any]:
     )
     if isinstance(model.get("mixers"), list):
         model["num_hidden_layers"] = len(model["mixers"])
+        for mixer in model["mixers"]:
+            if "heads" in mixer:
+                mixer["heads"] = 4  # of width 2
     if "num_heads" in model:
         model["num_heads"] = min(2, model["num_heads"])
     model.pop("max_position_embeddings", None)  # the task's length

@@ -114,6 +114,11 @@ def test_a_run_leaves_a_complete_folder(tmp_path: Path, capfd: pytest.CaptureFix
     assert [line["step"] for line in samples] == [6, 6, 12, 12]
     assert all(len(line["due"]) == len(line["predicted"]) == 2 for line in samples)
 
+    for name, values in (("best", report.best), ("last", report.metrics)):
+        card = (folder / name / "README.md").read_text(encoding="utf-8")
+        assert f"# run/{name}\n\nA `GramianForCausalLM` of" in card and "task `mqar`" in card
+        assert all(f"\n{key}: {value:.6g}\n" in card for key, value in values.items())
+
     # A second call finds the run finished; one with other settings is refused.
     assert train(parse_config(mqar(folder))) == report
     with pytest.raises(ConfigError, match=r"another model\.dropout"):

@@ -25,10 +25,11 @@ _enabled = False
 def use_triton(enabled: bool = True) -> None:
     """Turn the kernels in Triton on or off, for the whole process.
 
-    The selective scan of S6 and the decoding step of Hyena with modal filters then run as one
-    kernel each on GPUs. Their first derivatives are computed by kernels too. Higher derivatives
-    raise an error, and forward-mode derivatives, `torch.func` and `torch.compile` use PyTorch's
-    operations as before.
+    The causal convolution of up to 32,768 samples in single precision, the selective scan of S6 and
+    the decoding step of Hyena with modal filters then run as one kernel each on GPUs. Derivatives
+    of the convolution of any order are computed by kernels too, and those of the scan of first
+    order. Higher derivatives of the scan raise an error, and forward-mode derivatives, `torch.func`
+    and `torch.compile` use PyTorch's operations as before.
 
     Args:
         enabled: Whether to use the kernels.
