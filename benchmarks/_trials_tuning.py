@@ -151,6 +151,8 @@ def graph(models: Models) -> str:
 def attention(models: Models) -> str:
     from transformers import AutoModelForCausalLM
 
+    import gramian.models  # noqa: F401 (registers the classes)
+
     path = models.path("distilled")
     for name in ("sdpa", "eager"):
         AutoModelForCausalLM.from_pretrained(path, attn_implementation=name)
