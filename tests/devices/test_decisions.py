@@ -236,3 +236,9 @@ def test_filters_and_states_on_a_device_without_double_precision(device: torch.d
     for one, other in zip(found, expected, strict=True):
         assert one.device == device and one.dtype == torch.float32
         torch.testing.assert_close(one.cpu(), other.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_analysis_on_a_device_without_double_precision_is_refused(device: torch.device) -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9)).to(device)
+    with without_float64(), pytest.raises(ValueError, match="which the device 'simulated:0' does"):
+        gramian.analyze(model, tokens(8)[:1].to(device))
