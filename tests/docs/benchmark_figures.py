@@ -780,7 +780,7 @@ FIGURES: dict[str, list[Row]] = {
         (None, _stands("not measured yet")),
         ("growth_filters", _exponents),
         ("growth_distill", _per_layer),
-        (None, _stands("not measured yet")),
+        ("growth_analyze", _per_layer),
         ("growth_convert", _per_layer),
     ],
 }
