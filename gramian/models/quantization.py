@@ -216,7 +216,7 @@ def save_quanto(model: GramianPreTrainedModel, folder: Path, save: Callable[[], 
         if {model.get_input_embeddings(), model.get_output_embeddings()} & {*quantized.values()}:
             model.config.tie_word_embeddings = False
         save()
-        (folder / _MAP).write_text(json.dumps(quantization_map(model), indent=4), encoding="utf-8")
+        (folder / _MAP).write_text(to_json(quantization_map(model), indent=4), encoding="utf-8")
     else:
         save()
 
