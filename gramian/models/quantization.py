@@ -19,6 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from gramian._json import to_json
+
 if TYPE_CHECKING:
     from gramian.models.configuration import GramianConfig
     from gramian.models.pretrained import GramianPreTrainedModel
