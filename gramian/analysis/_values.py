@@ -17,6 +17,7 @@ __all__ = [
     "leaves_of",
     "perturbed",
     "sequences_in",
+    "sharing",
     "streams_of",
     "time_axis",
     "window",
@@ -79,6 +80,26 @@ def _copied_leaf(leaf: Any) -> Any:
     if hasattr(leaf, "get_seq_length"):  # a cache of transformers, to which a call adds its input
         return copy.deepcopy(leaf)
     return leaf
+
+
+def sharing(value: Any, others: Any) -> Any:
+    """Return nested values, in which tensors that equal some of `others` are replaced by these.
+
+    So tensors that are equal are held once. Neither they nor the others may be changed in place.
+    """
+    held = [leaf for leaf in leaves_of(others) if isinstance(leaf, Tensor)]
+
+    def shared(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return next((one for one in held if _same(one, leaf)), leaf)
+
+    return with_leaves(value, map(shared, leaves_of(value)))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    alike = (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return alike and torch.equal(one, other)
 
 
 def with_leaf(value: Any, index: int, leaf: Any) -> Any:

@@ -19,6 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from gramian._json import to_json
+
 if TYPE_CHECKING:
     from gramian.models.configuration import GramianConfig
     from gramian.models.pretrained import GramianPreTrainedModel
@@ -216,7 +218,7 @@ def save_quanto(model: GramianPreTrainedModel, folder: Path, save: Callable[[], 
         if {model.get_input_embeddings(), model.get_output_embeddings()} & {*quantized.values()}:
             model.config.tie_word_embeddings = False
         save()
-        (folder / _MAP).write_text(json.dumps(quantization_map(model), indent=4), encoding="utf-8")
+        (folder / _MAP).write_text(to_json(quantization_map(model), indent=4), encoding="utf-8")
     else:
         save()
 

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gramian.analysis import analyze
+from gramian.analysis import _mixing, _recording, analyze
 from gramian.models import GramianConfig, GramianForCausalLM
 
 TOKENS = torch.arange(63)
@@ -33,6 +33,13 @@ def ours(layers: int) -> torch.nn.Module:
     shape = {"hidden_size": 24, "num_hidden_layers": layers, "num_heads": 3}
     mixers = ["hyena", "s6", "softmax_attention"] * (layers // 3)
     config = GramianConfig(**shape, mixers=mixers, filter={"type": "modal", "orders": 4})
+    return GramianForCausalLM(config).eval()
+
+
+def hyenas(layers: int) -> torch.nn.Module:
+    config = GramianConfig(
+        hidden_size=24, num_hidden_layers=layers, num_heads=3, filter={"type": "modal", "orders": 4}
+    )
     return GramianForCausalLM(config).eval()
 
 
@@ -57,3 +64,34 @@ def test_the_operators_of_one_layer_are_held(make: Callable[[int], torch.nn.Modu
     channels = (36 + 24) + (48 + 48) + 3  # of Hyena and S6 with short convolutions, and attention
     scan = 48 * 63 * 63 * 4  # the operator of one S6
     assert grown <= 2 * (2 * channels * 63 * 4) + 4096 < scan
+
+
+def searched(model: torch.nn.Module, tokens: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The most that lives beside the model while far mixing is searched, in bytes."""
+    before, found, changes = living(), [0], _mixing._changes
+    search = _recording.far_mixers
+
+    def spied(*args: object) -> object:
+        found.append(living() - before)
+        return changes(*args)
+
+    def far(*args: object) -> object:
+        with monkeypatch.context() as patched:
+            patched.setattr(_mixing, "_changes", spied)
+            return search(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_recording, "far_mixers", far)
+        analyze(model, torch.arange(tokens) % 99, positions=1)
+    assert len(found) > 5
+    return max(found)
+
+
+@pytest.mark.parametrize("make", [hyenas, llama])
+def test_one_hidden_state_of_each_layer_is_held(
+    make: Callable[[int], torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each layer has passed to the next one, to run what is around the layers again."""
+    tokens = 301
+    few, many = (searched(make(layers), tokens, monkeypatch) for layers in (3, 9))
+    assert (many - few) / (9 - 3) < 2 * tokens * 24 * 4

@@ -67,6 +67,28 @@ def _closer(r: Results) -> str:
     return f"{r['share_with_smaller_error'] * r['filters']:.0f} of {r['filters']}"
 
 
+def _descents(form: str, steps: int) -> Callable[[Results], str]:
+    """The mean relative errors of descents in a form, by order, or "not run"."""
+
+    def text(r: Results) -> str:
+        errors = []
+        for order in (4, 16, 64):
+            found = [
+                run["mean relative error"]
+                for run in r["descents"]
+                if (run["form"], run["order"], run["steps"]) == (form, order, steps)
+            ]
+            errors.append(f"{found[0]:.1e}".replace("e-0", "e-") if found else "not run")
+        return ", ".join(errors)
+
+    return text
+
+
+def _reduced(r: Results) -> str:
+    errors = [f"{run['mean relative error']:.1e}" for run in r["reduce"]]
+    return ", ".join(error.replace("e-0", "e-") for error in errors)
+
+
 def _smooth(r: Results) -> str:
     return ", ".join(f"{r[n]['relative_error']:.0e}".replace("e-0", "e-") for n in ("4", "8", "16"))
 
@@ -596,6 +618,12 @@ FIGURES: dict[str, list[Row]] = {
         ),
         ("reduction_smooth", _smooth),
     ],
+    "Gradient distillation": [
+        ("gradient_distillation", _reduced),
+        ("gradient_distillation", _descents("modal", 20_000)),
+        ("gradient_distillation", _descents("rational", 20_000)),
+        ("gradient_distillation", _descents("rational, stable", 20_000)),
+    ],
     "One RTF layer": [
         ("convolution_layer", _layer("published computation")),
         ("convolution_layer", _layer("published file")),
@@ -780,7 +808,7 @@ FIGURES: dict[str, list[Row]] = {
         (None, _stands("not measured yet")),
         ("growth_filters", _exponents),
         ("growth_distill", _per_layer),
-        (None, _stands("not measured yet")),
+        ("growth_analyze", _per_layer),
         ("growth_convert", _per_layer),
     ],
 }
