@@ -358,7 +358,9 @@ def _backward(
                 total = part if total is None else total.add_(part)
             if needs_u:
                 grad_u[block] = transform.signal(incoming.mul_(adjoint), interleaved)
-        if total is not None:
+        if needs_kernel and total is None:  # a batch of no rows
+            grad_kernel[task.shared] = 0
+        elif total is not None:
             grad_kernel[task.shared] = _taps(total, points, kernel.shape[-1], ahead)
     return grad_u, grad_kernel, grad_gate
 
