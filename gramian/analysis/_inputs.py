@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.analysis._keeping import kept
+from gramian.ops.devices import has_float64
 from gramian.tasks import Document, Encoder, documents_in
 
 __all__ = [
@@ -248,7 +249,8 @@ def check_model(model: nn.Module) -> None:
 
     Raises:
         TypeError: if the model is not a module.
-        ValueError: if the model is an encoder-decoder, or if it has no weights in memory.
+        ValueError: if the model is an encoder-decoder, if it has no weights in memory, or if their
+            device has no double precision.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"a model to analyze must be a torch module; got {type(model).__name__}.")
@@ -264,6 +266,12 @@ def check_model(model: nn.Module) -> None:
             f"the weights of {type(model).__name__} are on the device 'meta', which holds no "
             "numbers; load them first."
         )
+    for device in {weight.device for weight in weights}:
+        if not has_float64(device):
+            raise ValueError(
+                f"an analysis measures in float64, which the device '{device}' does not have; move "
+                "the model to the CPU: model.to('cpu')."
+            )
 
 
 def run_model(model: Any, inputs: ModelInputs, *, last_logits_only: bool = True) -> Any:

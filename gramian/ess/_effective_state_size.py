@@ -10,6 +10,7 @@ from torch import Tensor
 from gramian.ess._reading import Positions, Reading
 from gramian.ess.measures import Measure
 from gramian.ess.sketch import sketched_sizes
+from gramian.ops.devices import in_double_precision
 from gramian.ops.precision import full_precision
 from gramian.systems import DenseOperator, System
 
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 
+@in_double_precision
 @full_precision()
 def effective_state_size(
     system_or_matrix: System | Tensor,
@@ -79,6 +81,7 @@ def effective_state_size(
     return reading.result(reading.differentiable(chosen))
 
 
+@in_double_precision
 @full_precision()
 def hankel_singular_values(
     system_or_matrix: System | Tensor,
@@ -110,6 +113,7 @@ def hankel_singular_values(
     return reading.result(reading.spectra())
 
 
+@in_double_precision
 @full_precision()
 @torch.no_grad()
 def sketched_state_size(

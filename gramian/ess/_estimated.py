@@ -12,6 +12,7 @@ from gramian.ess._reading import Places, Positions, Reading
 from gramian.ess.averages import average
 from gramian.ess.quadrature import estimate_sizes
 from gramian.ess.rows import RowOperator
+from gramian.ops.devices import in_double_precision
 from gramian.ops.precision import full_precision
 from gramian.ops.threads import work
 from gramian.systems import DenseOperator
@@ -19,6 +20,7 @@ from gramian.systems import DenseOperator
 __all__ = ["MeanStateSize", "estimated_mean_state_size", "estimated_state_size"]
 
 
+@in_double_precision
 @full_precision()
 @torch.no_grad()
 def estimated_state_size(
@@ -100,6 +102,7 @@ class MeanStateSize:
     accurate: int
 
 
+@in_double_precision
 @full_precision()
 @torch.no_grad()
 def estimated_mean_state_size(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from gramian.ess._reading import Reading
+from gramian.ops.devices import in_double_precision
 from gramian.ops.precision import full_precision
 from gramian.ops.threads import work
 from gramian.systems import DenseOperator, TimeVarying
@@ -34,6 +35,7 @@ _GRAM = 1e-5
 """Smallest tolerance with which right singular vectors may come from Gram matrices."""
 
 
+@in_double_precision
 @full_precision()
 @torch.no_grad()
 def realize(
@@ -86,6 +88,7 @@ def realize(
     return system.reshape_channels(*reading.shape).to(dtype)
 
 
+@in_double_precision
 @full_precision()
 @torch.no_grad()
 def realization_errors(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gramian.ess._reading import Positions, Reading
+from gramian.ops.devices import in_double_precision
 from gramian.systems import TimeVarying
 
 __all__ = ["StateRanks", "state_ranks"]
@@ -38,6 +39,7 @@ class StateRanks(NamedTuple):
     effective: Tensor
 
 
+@in_double_precision
 def state_ranks(
     system: TimeVarying, u: Tensor, at: Positions = None, *, initial: Tensor | None = None
 ) -> StateRanks:

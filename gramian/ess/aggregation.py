@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gramian.ess._reading import Places, Positions, Reading
 from gramian.ess.rows import RowOperator
+from gramian.ops.devices import in_double_precision
 from gramian.systems import (
     FIR,
     DenseOperator,
@@ -35,6 +36,7 @@ _ROWS = 512
 __all__ = ["aggregate", "theoretical_state_size", "usable_state_size", "utilization"]
 
 
+@in_double_precision
 def theoretical_state_size(
     system_or_matrix: System | Tensor | RowOperator,
     at: Positions = None,

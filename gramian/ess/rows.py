@@ -44,6 +44,12 @@ class RowOperator:
     channels: int = 1
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
 
+    def to(self, device: torch.device) -> RowOperator:
+        """Return the operator with rows that move to a device when they are computed."""
+        return dataclasses.replace(
+            self, rows=lambda channel, rows: self.rows(channel, rows).to(device), device=device
+        )
+
     def __post_init__(self) -> None:
         if self.length < 1 or self.channels < 1:
             raise ValueError(

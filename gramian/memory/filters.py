@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gramian.ess.measures import Measure
+from gramian.ops.devices import in_double_precision
 from gramian.ops.hankel import Hankel
 from gramian.ops.threads import work
 from gramian.reduction.spectrum import leading_spectrum
@@ -40,6 +41,7 @@ LAPACK takes one matrix after the other, so that more of them would only need mo
 """
 
 
+@in_double_precision
 @torch.no_grad()
 def filter_state_sizes(kernel: Tensor) -> Tensor:
     """Measure the entropy-ESS of filters at the middle of their context.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gramian.ops.devices import in_double_precision
 from gramian.ops.hankel import Hankel
 from gramian.ops.lengths import fft_length
 from gramian.ops.threads import work
@@ -44,6 +45,7 @@ _BLOCK = 2**23
 """The maximal number of entries of the matrices, or of the Lanczos bases, that are held at once."""
 
 
+@in_double_precision
 def hankel_penalty(
     systems: System | Sequence[System], length: int, *, count: int | None = None
 ) -> Tensor:

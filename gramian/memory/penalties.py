@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gramian.ess import effective_state_size, theoretical_state_size, utilization
+from gramian.ops.devices import in_double_precision
 from gramian.systems import System, TimeVarying
 
 __all__ = ["check_goal", "ess_penalty", "gate_regularizer"]
@@ -96,6 +97,7 @@ def check_goal(target: float | None, share: float | None) -> None:
         raise ValueError(f"the share must lie above 0 and be at most 1; got {share!r}.")
 
 
+@in_double_precision
 def ess_penalty(
     operators: System | Sequence[System],
     target: float | None = None,

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
-__all__ = ["DEVICES_WITHOUT_FLOAT64", "from_host", "has_float64"]
+__all__ = [
+    "DEVICES_WITHOUT_FLOAT64",
+    "from_host",
+    "has_float64",
+    "in_double_precision",
+    "returned",
+    "work_device",
+]
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 DEVICES_WITHOUT_FLOAT64 = {"mps"}
 """The types of devices that have no double precision."""
@@ -16,6 +30,57 @@ DEVICES_WITHOUT_FLOAT64 = {"mps"}
 def has_float64(device: torch.device) -> bool:
     """Return whether a device has tensors in double precision."""
     return device.type not in DEVICES_WITHOUT_FLOAT64
+
+
+def work_device(device: torch.device) -> torch.device:
+    """Return the device on which to compute: the CPU for a device that has no float64."""
+    return device if has_float64(device) else torch.device("cpu")
+
+
+def returned(figure: Tensor, device: torch.device) -> Tensor:
+    """Move a figure in float64 to a device, in float32 if the device has no float64."""
+    double = figure.dtype == torch.float64 and not has_float64(device)
+    return (figure.float() if double else figure).to(device)
+
+
+def in_double_precision(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Let a function compute on the CPU if an argument is on a device that has no float64.
+
+    All arguments then move to the CPU: tensors, systems, and others that have a device and a method
+    `to`. Tensors in the result return to the device, and those in float64 become float32. Gradients
+    flow through both ways.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        leaves = pytree.tree_leaves((args, kwargs))
+        devices = [leaf.device for leaf in leaves if _is_placed(leaf)]
+        lacking = [device for device in devices if not has_float64(device)]
+        if not lacking:
+            return function(*args, **kwargs)
+        args, kwargs = pytree.tree_map_only(_is_placed, _to_cpu, (args, kwargs))
+        result: Result = _back(function(*args, **kwargs), lacking[0])
+        return result
+
+    return run
+
+
+def _is_placed(value: Any) -> bool:
+    return isinstance(getattr(value, "device", None), torch.device) and hasattr(value, "to")
+
+
+def _to_cpu(value: Any) -> Any:
+    return value.to(torch.device("cpu"))
+
+
+def _back(result: Any, device: torch.device) -> Any:
+    """Return a result with its tensors on a device without float64."""
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        names = [field.name for field in dataclasses.fields(result)]
+        return dataclasses.replace(
+            result, **{name: _back(getattr(result, name), device) for name in names}
+        )
+    return pytree.tree_map_only(Tensor, lambda x: returned(x, device), result)
 
 
 def from_host(

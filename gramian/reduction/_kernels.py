@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gramian.ops.devices import has_float64
 from gramian.systems import FIR, System, TimeInvariantSystem
 
-__all__ = ["check_finite", "kernel_of", "returned", "work_device"]
+__all__ = ["check_finite", "kernel_of"]
 
 
 def kernel_of(source: Tensor | System, length: int | None) -> Tensor:
@@ -48,13 +47,3 @@ def check_finite(kernel: Tensor) -> None:
         first = tuple(torch.nonzero(bad)[0].tolist()) if bad.ndim else ()
         where = "the kernel" if not first else f"channel {first[0] if len(first) == 1 else first}"
         raise ValueError(f"{where} holds NaN or infinite taps; a reduction needs finite ones.")
-
-
-def work_device(device: torch.device) -> torch.device:
-    """Return the device on which to compute: the CPU for a device that has no float64."""
-    return device if has_float64(device) else torch.device("cpu")
-
-
-def returned(figure: Tensor, device: torch.device) -> Tensor:
-    """Move a figure in float64 to a device, in float32 if the device has no float64."""
-    return figure.to(device) if has_float64(device) else figure.float().to(device)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from gramian._checks import check_choice
+from gramian.ops.devices import returned, work_device
 from gramian.ops.precision import full_precision
 from gramian.ops.threads import work
 from gramian.reduction import errors
-from gramian.reduction._kernels import check_finite, kernel_of, returned, work_device
+from gramian.reduction._kernels import check_finite, kernel_of
 from gramian.reduction.balanced import balanced, refined_further
 from gramian.reduction.methods import Balanced, Method, ModalTruncation, method_of
 from gramian.reduction.problem import Problem, Settings, SourceModes, lanczos_block

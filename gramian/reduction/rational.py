@@ -22,9 +22,10 @@ from torch import Tensor
 
 from gramian._checks import check_choice, check_sizes
 from gramian.ops import rational_kernel
+from gramian.ops.devices import returned, work_device
 from gramian.ops.precision import full_precision
 from gramian.ops.reflection import step_down, step_up
-from gramian.reduction._kernels import check_finite, kernel_of, returned, work_device
+from gramian.reduction._kernels import check_finite, kernel_of
 from gramian.reduction.descent import Descent, descended
 from gramian.reduction.switching import find_modal_form
 from gramian.systems import System, TransferFunction

@@ -14,8 +14,15 @@ import gramian
 from gramian import ess, memory
 from gramian.models import GramianForCausalLM
 from gramian.reduction import Balanced, Gradient, ModalTruncation, hankel_singular_values, reduce
-from gramian.systems import System, to_modal, to_state_space, to_time_varying, to_transfer_function
-from gramian.testing import recorded_waits
+from gramian.systems import (
+    System,
+    TimeVarying,
+    to_modal,
+    to_state_space,
+    to_time_varying,
+    to_transfer_function,
+)
+from gramian.testing import recorded_waits, without_float64
 from tests.devices.conftest import PAGE, documented, refuse_undocumented
 from tests.devices.test_models import make as make_models
 from tests.devices.test_models import tokens
@@ -140,3 +147,98 @@ def test_every_documented_place_exists() -> None:
         if name:
             last = name.rpartition(".")[2]
             assert f"def {last}(" in (root / file).read_text(encoding="utf-8"), place
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_device_without_double_precision_decides_on_the_cpu(
+    name: str, device: torch.device
+) -> None:
+    system, options = operands(name)
+    system = system.to(dtype=torch.float32)
+    there = system.to(device=device)
+    runs: list[Callable[[System], Any]] = [
+        lambda s: ess.effective_state_size(s, **options),
+        lambda s: ess.effective_state_size(s, measure="tolerance", tol=1e-3, **options),
+        lambda s: ess.hankel_singular_values(s, **options),
+        lambda s: ess.theoretical_state_size(s, **options),
+    ]
+    if name == "low_rank_operator":
+        runs += [
+            ess.sketched_state_size,
+            ess.estimated_state_size,
+            ess.estimated_mean_state_size,
+            lambda s: ess.realize(s, 1e-6),
+            lambda s: ess.realization_errors(s, [0, 1, 2]),
+        ]
+    for run in runs:
+        expected = tensors(run(system))
+        with without_float64():
+            actual = tensors(run(there))
+        assert actual
+        for one, other in zip(actual, expected, strict=True):
+            assert one.device == device and one.dtype == torch.float32
+            torch.testing.assert_close(one.cpu(), other.float(), rtol=1e-5, atol=1e-6)
+
+
+def tensors(result: Any) -> list[torch.Tensor]:
+    parts = vars(result) if dataclasses.is_dataclass(result) else result
+    return [x for x in pytree.tree_leaves(parts) if isinstance(x, torch.Tensor)]
+
+
+def test_rows_on_a_device_without_double_precision(device: torch.device) -> None:
+    matrix = torch.randn(2, 40, 40, generator=torch.Generator().manual_seed(0)).tril()
+    there = matrix.to(device)
+    expected = ess.estimated_state_size(ess.RowOperator(lambda c, w: matrix[c, w], 40, 2), [5, 20])
+    rows = ess.RowOperator(lambda c, w: there[c, w], 40, 2, device)
+    with without_float64():
+        found = ess.estimated_state_size(rows, [5, 20])
+        kept = ess.theoretical_state_size(rows, [5, 20])
+    torch.testing.assert_close([x.cpu() for x in found], list(expected))
+    assert kept.device == device and kept.tolist() == [[5, 20]] * 2
+
+
+def test_losses_on_a_device_without_double_precision_have_gradients(device: torch.device) -> None:
+    for name in ("modal", "gated"):
+        system, _ = operands(name)
+        system = system.to(dtype=torch.float32)
+        slopes = []
+        for place in (torch.device("cpu"), device):
+            leaves, spec = pytree.tree_flatten(system.to(device=place))
+            fields = [x.detach().requires_grad_() for x in leaves if isinstance(x, torch.Tensor)]
+            moving = iter(fields)
+            made = pytree.tree_unflatten(
+                [next(moving) if isinstance(x, torch.Tensor) else x for x in leaves], spec
+            )
+            with without_float64():
+                if name == "modal":
+                    loss = memory.hankel_penalty(made, LENGTH)
+                else:
+                    loss = memory.ess_penalty(made, target=2.0)
+                found = torch.autograd.grad(loss, fields, allow_unused=True, materialize_grads=True)
+            assert loss.device == place and all(x.device == place for x in found)
+            slopes.append([x.cpu() for x in found])
+        torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-6)
+
+
+def test_filters_and_states_on_a_device_without_double_precision(device: torch.device) -> None:
+    kernel = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    system, _ = operands("gated")
+    assert isinstance(system, TimeVarying)
+    system = system.to(dtype=torch.float32)
+    u = torch.randn(*system.channel_shape, 2, LENGTH)
+    expected = memory.filter_state_sizes(kernel), *ess.state_ranks(system, u, [3, 7])
+    with without_float64():
+        there = system.to(device=device)
+        found = (
+            memory.filter_state_sizes(kernel.to(device)),
+            *ess.state_ranks(there, u.to(device), [3, 7]),
+        )
+    for one, other in zip(found, expected, strict=True):
+        assert one.device == device and one.dtype == torch.float32
+        torch.testing.assert_close(one.cpu(), other.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_analysis_on_a_device_without_double_precision_is_refused(device: torch.device) -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 9)).to(device)
+    with without_float64(), pytest.raises(ValueError, match="which the device 'simulated:0' does"):
+        gramian.analyze(model, tokens(8)[:1].to(device))
