@@ -120,6 +120,17 @@ def test_activations_in_half_precision() -> None:
     torch.testing.assert_close(found, expected.bfloat16(), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_rows_of_other_pairs_and_channels_are_left_alone(value: float) -> None:
+    u, kernel = normal(5, 2, 40, dtype=torch.float32), normal(1, 2, 40, dtype=torch.float32)
+    expected = fused_convolution(u, kernel, u)
+    u[2, 1, 7] = value
+    found = fused_convolution(u, kernel, u)
+    alone = torch.ones(5, 2, dtype=torch.bool)
+    alone[2:4, 1] = False
+    assert torch.equal(found[alone], expected[alone])
+
+
 @pytest.mark.usefixtures("triton_on", "small_blocks")
 @pytest.mark.parametrize("dim", [-1, -2])
 @pytest.mark.parametrize("gated", [False, True])
