@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -129,6 +132,27 @@ def test_rows_of_other_pairs_and_channels_are_left_alone(value: float) -> None:
     alone = torch.ones(5, 2, dtype=torch.bool)
     alone[2:4, 1] = False
     assert torch.equal(found[alone], expected[alone])
+
+
+@pytest.mark.parametrize(("batch", "channels"), [(140_000, 1), (1, 70_000)])
+def test_grids_are_those_that_a_gpu_has(
+    batch: int, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Program:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    grids: list[tuple[int, ...]] = []
+    programs = importlib.import_module("gramian.ops.kernels._causal_convolution")
+    monkeypatch.setattr(programs, "convolve", Program())
+    monkeypatch.setattr(programs, "correlate", Program())
+    u, kernel = torch.zeros(1).expand(batch, channels, 1), torch.zeros(1).expand(1, channels, 1)
+    monkeypatch.setattr(module, "_BLOCK", 4)  # little memory, for the programs do not run
+    monkeypatch.setattr(module, "_LEAST", 4)
+    fused_convolution(u, kernel, u)
+    fused_correlation(u, u, kernel)
+    assert grids and all(size <= 65_535 for grid in grids for size in grid[1:])
 
 
 @pytest.mark.usefixtures("triton_on", "small_blocks")
