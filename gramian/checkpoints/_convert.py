@@ -13,7 +13,7 @@ import torch
 from gramian._json import to_json
 from gramian._staging import staged_directory
 from gramian.checkpoints._format import Progress
-from gramian.checkpoints._load import find_tokenizer, open_source, translated
+from gramian.checkpoints._load import choose_dtype, find_tokenizer, open_source, translated
 from gramian.checkpoints.files import hash_weights
 from gramian.models.cards import write_card
 from gramian.models.saving import empty_model, save_parts
@@ -108,7 +108,7 @@ def convert(
     path = Path(path)
     with staged_directory(Path(folder)) as stage:
         source, weights = open_source(path, config, format, fp8)
-        dtype = weights[source.embedding].dtype if dtype is None else dtype
+        dtype = choose_dtype(source, weights, dtype)
         model = empty_model(source.model_class(), source.model_config(weights), dtype)
         tokenizer = find_tokenizer(source, path, model)
         save_parts(model, translated(source, weights, progress), stage, max_shard_size)
@@ -116,7 +116,7 @@ def convert(
             tokenizer.save_pretrained(stage)
         settings = model.config
         report = ConversionReport(
-            checkpoint=str(path.resolve()),
+            checkpoint=str(path.absolute()),  # links of the Hub's cache lead to files without names
             sha256=hash_weights(path),
             format=source.name,
             model=type(model).__name__,

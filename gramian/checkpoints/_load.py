@@ -24,7 +24,16 @@ from gramian.checkpoints.files import (
 from gramian.checkpoints.published import PUBLISHED, published_config
 from gramian.models import GramianPreTrainedModel
 
-__all__ = ["LoadedCheckpoint", "find_tokenizer", "load", "open_source", "translated"]
+__all__ = [
+    "LoadedCheckpoint",
+    "choose_dtype",
+    "find_tokenizer",
+    "load",
+    "open_source",
+    "translated",
+]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -85,13 +94,14 @@ def load(
         FileNotFoundError: if there is no checkpoint, or no configuration beside or inside it.
         ValueError: if a file cannot be read, or reading it would make other objects than tensors;
             if the keys belong to none of the formats; if the configuration lacks an entry or
-            describes a model that Gramian models cannot express; or if tensors are missing,
-            unexpected or misshapen. In the last case, the message names the tensors.
+            describes a model that Gramian models cannot express; if the dtype of the weights is
+            none of float16, bfloat16, float32 and float64; or if tensors are missing, unexpected or
+            misshapen. In the last case, the message names the tensors.
     """
     path = Path(path)
     source, stored = open_source(path, config, format, fp8)
     weights = stored.mapped()
-    dtype = weights[source.embedding].dtype if dtype is None else dtype
+    dtype = choose_dtype(source, weights, dtype)
     model_config = source.model_config(weights)
     state: dict[str, Tensor] = {}
     for part in translated(source, weights, progress):
@@ -141,6 +151,18 @@ def open_source(
     compare(what, names, weights.shapes, source.expected())
     source.read_states(_strip_states(cls, states), fp8)
     return source, weights
+
+
+def choose_dtype(
+    source: Format, weights: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> torch.dtype:
+    """Return the dtype of the model's weights: the given one, or by default the embedding's."""
+    chosen = weights[source.embedding].dtype if dtype is None else dtype
+    if chosen not in _DTYPES:
+        names = ", ".join(str(one).removeprefix("torch.") for one in _DTYPES)
+        what = f"{source.embedding} has the dtype" if dtype is None else "the dtype is"
+        raise ValueError(f"{what} {chosen}; weights of a model must have one of {names}.")
+    return chosen
 
 
 def translated(

@@ -65,8 +65,9 @@ def causal_convolution(
     The result is causal except for rounding errors. A transform mixes all samples of a row. So
     every output has an error of about eps `‖u‖₂ ‖kernel‖₂`, with the norms of the whole row. A
     sample that is NaN, infinite, or so large that spectra overflow also affects the outputs before
-    it. It does not affect other rows. If the input is processed in chunks or steps, it does not
-    affect earlier chunks or steps.
+    it. It does not affect other rows, except the row that `use_triton` lets a kernel compute
+    together with this one. If the input is processed in chunks or steps, it does not affect earlier
+    chunks or steps.
 
     Args:
         u: The real input, of the shape S with a time axis of length L at `dim`: (batch, channels,
@@ -358,7 +359,9 @@ def _backward(
                 total = part if total is None else total.add_(part)
             if needs_u:
                 grad_u[block] = transform.signal(incoming.mul_(adjoint), interleaved)
-        if total is not None:
+        if needs_kernel and total is None:  # a batch of no rows
+            grad_kernel[task.shared] = 0
+        elif total is not None:
             grad_kernel[task.shared] = _taps(total, points, kernel.shape[-1], ahead)
     return grad_u, grad_kernel, grad_gate
 

@@ -47,19 +47,18 @@ def in_double_precision(function: Callable[Arguments, Result]) -> Callable[Argum
     """Let a function compute on the CPU if an argument is on a device that has no float64.
 
     All arguments then move to the CPU: tensors, systems, and others that have a device and a method
-    `to`. Tensors in the result return to the device, and those in float64 become float32. Gradients
-    flow through both ways.
+    `to`. Tensors in the result return to the device of the first of them, and those in float64
+    become float32 if this device has no float64. Gradients flow through both ways.
     """
 
     @functools.wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         leaves = pytree.tree_leaves((args, kwargs))
         devices = [leaf.device for leaf in leaves if _is_placed(leaf)]
-        lacking = [device for device in devices if not has_float64(device)]
-        if not lacking:
+        if all(map(has_float64, devices)):
             return function(*args, **kwargs)
         args, kwargs = pytree.tree_map_only(_is_placed, _to_cpu, (args, kwargs))
-        result: Result = _back(function(*args, **kwargs), lacking[0])
+        result: Result = _back(function(*args, **kwargs), devices[0])
         return result
 
     return run

@@ -11,8 +11,9 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -33,16 +34,19 @@ def adaptive_threads() -> Iterator[None]:
     a second how much time other processes take of the processors that this process may use, and
     change the number of threads. It never exceeds the number at the beginning, which is restored at
     the end. Processes that this one has started, such as the workers of a data loader, count as
-    others. Kernels that `torch.compile` has made keep the number of threads they were made for.
+    others, and are not in the block, even if they are made by `os.fork`. Kernels that
+    `torch.compile` has made keep the number of threads they were made for. Threads that start
+    within the block begin with the number of that moment, and keep it.
 
     The order of sums depends on the number of threads, so results may differ between runs by
     rounding errors. On systems other than Linux nothing changes. The same is true inside another
-    such block, and while another thread is in one.
+    such block, while another thread is in one, and if the calling thread may use fewer processors
+    than there are threads, as it is when OpenMP binds each thread to its own (`OMP_PROC_BIND`).
     """
     global _meter
     meter = None
-    with _lock:
-        if _meter is None and _STATISTICS.exists():
+    with _lock, suppress(OSError):  # no statistics, or none that this process may read
+        if _meter is None and _can_adapt():
             meter = _meter = _Meter()
     if meter is None:
         yield
@@ -50,7 +54,8 @@ def adaptive_threads() -> Iterator[None]:
     try:
         yield
     finally:
-        _meter = None
+        if _meter is meter:  # not in a copy of the process, which is outside
+            _meter = None
         torch.set_num_threads(meter.most)
 
 
@@ -59,8 +64,31 @@ def adapt_threads() -> None:
 
     Long computations call this between operations.
     """
-    if not torch.compiler.is_compiling() and _meter is not None:
-        _meter.update()
+    if torch.compiler.is_compiling():
+        return
+    meter = _meter  # another thread may leave the block at any time
+    if meter is not None:
+        meter.update()
+
+
+def _can_adapt() -> bool:
+    return _STATISTICS.exists() and len(os.sched_getaffinity(0)) >= torch.get_num_threads()
+
+
+class _Moment(NamedTuple):
+    """A measurement.
+
+    Attributes:
+        time: When it was made, in seconds.
+        processors: The number of processors that the calling thread may use.
+        busy: How long each of them has been busy since the system started, in seconds.
+        own: How long this process has used processors, in seconds.
+    """
+
+    time: float
+    processors: int
+    busy: dict[str, float]
+    own: float
 
 
 class _Meter:
@@ -73,40 +101,55 @@ class _Meter:
     def __init__(self) -> None:
         self.most = torch.get_num_threads()
         self._owner = threading.get_ident()
-        self._processors = sorted(os.sched_getaffinity(0))
-        self._ticks = os.sysconf("SC_CLK_TCK")
-        self._last = self._read()
+        self._last = _read()
         self._wanted = self.most
 
     def update(self) -> None:
-        moment, busy, own = self._last
-        if time.monotonic() - moment < _INTERVAL or threading.get_ident() != self._owner:
+        last = self._last
+        if time.monotonic() - last.time < _INTERVAL or threading.get_ident() != self._owner:
             return
-        self._last = now = self._read()
-        others = (now[1] - busy - (now[2] - own)) / (now[0] - moment)
-        before, self._wanted = self._wanted, self._threads(others)
+        try:
+            self._last = now = _read()
+        except OSError:  # too many files are open, for example
+            return
+        # Processors may have been taken from this process, or given to it, since the last time.
+        busy = sum(now.busy[name] - last.busy[name] for name in now.busy.keys() & last.busy.keys())
+        others = (busy - (now.own - last.own)) / (now.time - last.time)
+        before, self._wanted = self._wanted, self._threads(now.processors - others)
         threads = torch.get_num_threads()
         # More threads are taken only if two measurements agree.
         chosen = min(self._wanted, max(before, threads))
         if chosen != threads:
             torch.set_num_threads(chosen)
 
-    def _threads(self, others: float) -> int:
-        """Return how many threads suit, if others use so many processors."""
-        free = len(self._processors) - others
+    def _threads(self, free: float) -> int:
+        """Return how many threads suit, if so many processors are free."""
         return max(1, min(self.most, int(free + 0.5)))
 
-    def _read(self) -> tuple[float, float, float]:
-        """Return the time, the processors' busy time, and that of this process, in seconds."""
-        busy = 0
-        wanted = {f"cpu{number}" for number in self._processors}
-        for line in _STATISTICS.read_text().splitlines():
-            name, *fields = line.split()
-            if name in wanted:
-                user, nice, system, _, _, *interrupts = map(int, fields[:8])
-                busy += user + nice + system + sum(interrupts)
-        return time.monotonic(), busy / self._ticks, time.process_time()
+
+def _read() -> _Moment:
+    processors = os.sched_getaffinity(0)
+    ticks = os.sysconf("SC_CLK_TCK")
+    busy = {}
+    names = {f"cpu{number}" for number in processors}
+    for line in _STATISTICS.read_text().splitlines():
+        name, _, fields = line.partition(" ")
+        if name in names:
+            # user, nice, system, idle, waiting for disks, interrupts of two kinds, stolen
+            times = [int(field) for field in fields.split()[:8]]
+            busy[name] = (sum(times) - sum(times[3:5])) / ticks
+    return _Moment(time.monotonic(), len(processors), busy, time.process_time())
 
 
 _lock = threading.Lock()
 _meter: _Meter | None = None
+
+
+def _leave() -> None:
+    """Leave the block in a copy of the process, whose own time and number of threads differ."""
+    global _lock, _meter
+    _lock, _meter = threading.Lock(), None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave)

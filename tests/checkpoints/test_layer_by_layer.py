@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gramian import checkpoints
@@ -101,6 +101,36 @@ def test_a_failure_at_the_last_layer_leaves_nothing(
     with pytest.raises(OSError, match="no space left"):
         checkpoints.convert(DATA / "stripedhyena_tiny.safetensors", tmp_path / "deep" / "out")
     assert seen and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_weights_of_a_dtype_without_a_model_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    file = DATA / "safari_hyena_order3.safetensors"
+    sentence = f"dtype is {dtype}; weights of a model must have one of float16, "
+    with pytest.raises(ValueError, match=sentence):
+        checkpoints.load(file, dtype=dtype)
+    with pytest.raises(ValueError, match=sentence):
+        checkpoints.convert(file, tmp_path / "out", dtype=dtype)
+    embedding = "backbone.embeddings.word_embeddings.weight"
+    weights = load_file(file)
+    weights[embedding] = weights[embedding].to(torch.int64)
+    save_file(weights, tmp_path / "integers.safetensors")
+    with pytest.raises(ValueError, match=r"embeddings.* has the dtype torch.int64; weights"):
+        checkpoints.convert(
+            tmp_path / "integers.safetensors", tmp_path / "out", config=file.with_suffix(".json")
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["integers.safetensors"]
+
+
+def test_a_link_keeps_its_name(tmp_path: Path) -> None:
+    """As in the Hub's cache, whose folders hold links to files that are named by their hashes."""
+    file = DATA / "safari_hyena_order3.safetensors"
+    (tmp_path / "0123").write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "0123")
+    config = file.with_suffix(".json")
+    report = checkpoints.convert(tmp_path / "model.safetensors", tmp_path / "out", config=config)
+    assert report.checkpoint == str(tmp_path / "model.safetensors")
+    assert list(report.sha256) == ["model.safetensors"]
 
 
 @pytest.mark.parametrize(

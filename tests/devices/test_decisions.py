@@ -220,6 +220,17 @@ def test_losses_on_a_device_without_double_precision_have_gradients(device: torc
         torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-6)
 
 
+def test_results_return_to_the_device_of_what_is_measured(device: torch.device) -> None:
+    matrix = torch.randn(2, 20, 20, dtype=torch.float64).tril()
+    expected = ess.effective_state_size(matrix, [3, 5])
+    with without_float64():
+        positions = torch.tensor([3, 5]).to(device)
+        found = ess.effective_state_size(matrix, positions)
+        there = ess.effective_state_size(matrix.float().to(device), torch.tensor([3, 5]))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert there.device == device and there.dtype == torch.float32
+
+
 def test_filters_and_states_on_a_device_without_double_precision(device: torch.device) -> None:
     kernel = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     system, _ = operands("gated")

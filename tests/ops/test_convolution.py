@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gramian.ops import causal_convolution
+from gramian.ops import bidirectional_convolution, causal_convolution
 from gramian.ops._blocks import cut
 from gramian.ops.online import OnlineConvolution
 
@@ -415,6 +415,24 @@ def test_bad_input_is_one_clear_sentence(
 def test_no_channels_or_batch() -> None:
     assert causal_convolution(torch.zeros(0, 5, 7), torch.zeros(5, 7)).shape == (0, 5, 7)
     assert causal_convolution(torch.zeros(2, 0, 7), torch.zeros(0, 7)).shape == (2, 0, 7)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("taps", [3, 40])
+@pytest.mark.parametrize("save_spectra", [False, True])
+def test_the_gradient_over_an_empty_batch_is_zero(
+    channels: int, taps: int, save_spectra: bool
+) -> None:
+    u, kernel = torch.zeros(0, 2, 50), torch.ones(channels, taps, requires_grad=True)
+    y = causal_convolution(u, kernel, save_spectra=save_spectra)
+    both = y + bidirectional_convolution(u, kernel, kernel)
+    torch.use_deterministic_algorithms(True)  # fills memory that is not initialized with NaN
+    try:
+        both.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert kernel.grad is not None
+    assert not kernel.grad.any()
 
 
 @pytest.mark.pairs

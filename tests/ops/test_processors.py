@@ -28,6 +28,7 @@ class Machine:
     def __init__(self, path: Path) -> None:
         self.path, self.now, self.own = path, 0.0, 0.0
         self.busy = dict.fromkeys(range(2 * PROCESSORS), 0.0)
+        self.allowed = set(range(PROCESSORS))
         self.write()
 
     def write(self) -> None:
@@ -45,8 +46,8 @@ class Machine:
         """Let other processes and this one use some processors for some time."""
         self.now += seconds
         self.own += own * seconds
-        for number in range(PROCESSORS):
-            self.busy[number] += (others + own) * seconds / PROCESSORS
+        for number in self.allowed:
+            self.busy[number] += (others + own) * seconds / len(self.allowed)
         self.write()
 
 
@@ -54,7 +55,7 @@ class Machine:
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     made = Machine(tmp_path / "stat")
     monkeypatch.setattr(processors, "_STATISTICS", made.path)
-    monkeypatch.setattr(processors.os, "sched_getaffinity", lambda _: set(range(PROCESSORS)))
+    monkeypatch.setattr(processors.os, "sched_getaffinity", lambda _: made.allowed)
     monkeypatch.setattr(processors.os, "sysconf", lambda _: TICKS)
     monkeypatch.setattr(processors.time, "monotonic", lambda: made.now)
     monkeypatch.setattr(processors.time, "process_time", lambda: made.own)
@@ -159,6 +160,76 @@ def test_without_statistics_nothing_changes(
         assert torch.get_num_threads() == 4
 
 
+def test_statistics_that_may_not_be_read_change_nothing(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processors, "_STATISTICS", tmp_path)  # reading a folder is an OSError
+    with adaptive_threads():
+        assert processors._meter is None
+
+
+def test_a_moment_without_statistics_is_passed_over(machine: Machine) -> None:
+    with adaptive_threads():
+        machine.path.rename(machine.path.with_name("away"))
+        machine.now += 1
+        adapt_threads()
+        assert torch.get_num_threads() == 4
+        machine.run(3.0)
+        adapt_threads()
+        assert torch.get_num_threads() < 4
+
+
+def test_statistics_of_fewer_kinds(machine: Machine) -> None:
+    def write(busy: int) -> None:
+        lines = [f"cpu{number} {busy} 0 0 {99 * TICKS}" for number in range(PROCESSORS)]
+        machine.path.write_text("\n".join([*lines, "", "intr"]))
+
+    write(0)
+    with adaptive_threads():
+        machine.now, machine.own = 1.0, 1.0
+        write(TICKS)
+        adapt_threads()
+        assert torch.get_num_threads() == 1
+
+
+def test_processors_come_and_go(machine: Machine) -> None:
+    machine.busy[3] = 1000.0
+    machine.write()
+    with adaptive_threads():
+        machine.allowed = {0, 1}
+        del machine.busy[3]  # a processor that is off has no statistics
+        machine.run(0.0, own=2.0)
+        adapt_threads()
+        assert torch.get_num_threads() == 2
+        machine.allowed = {0, 1, 2, 3}
+        machine.busy[3] = 1000.0
+        for _ in range(2):
+            machine.run(0.0)
+            adapt_threads()
+        assert torch.get_num_threads() == 4
+
+
+def test_bound_threads_change_nothing(machine: Machine) -> None:
+    machine.allowed = {0}
+    with adaptive_threads():
+        for _ in range(2):
+            machine.run(0.0)
+            adapt_threads()
+        assert torch.get_num_threads() == 4
+
+
+def test_a_copy_of_the_process_leaves_the_block(machine: Machine) -> None:
+    with adaptive_threads():
+        torch.set_num_threads(1)  # as a worker of a data loader does
+        child = os.fork()
+        if child == 0:
+            machine.run(0.0)
+            adapt_threads()
+            os._exit(int(processors._meter is not None or torch.get_num_threads() != 1))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert processors._meter is not None
+
+
 def _convolve() -> None:
     causal_convolution(torch.ones(2, 8), torch.ones(2, 8))
 
@@ -190,8 +261,9 @@ def test_the_own_machine_can_be_measured() -> None:
     with adaptive_threads():
         meter = processors._meter
         assert meter is not None
-        _, busy, own = meter._read()
-        assert busy > own > 0
+        now = processors._read()
+        assert now.processors == len(now.busy) == len(os.sched_getaffinity(0))
+        assert sum(now.busy.values()) > now.own > 0
         adapt_threads()
     assert torch.get_num_threads() == before
     assert processors._meter is None

@@ -117,6 +117,7 @@ def convolve(
     y: tl.tensor,
     tables: tl.tensor,
     batch: tl.tensor,
+    channels: tl.tensor,
     length: tl.tensor,
     reach: tl.tensor,
     x_row: tl.tensor,
@@ -146,9 +147,11 @@ def convolve(
     half: tl.constexpr = P // 2
     N: tl.constexpr = P * Q
     T: tl.constexpr = half * Q
-    block = tl.program_id(0)
-    channel = tl.program_id(1).to(tl.int64)
-    row = 2 * tl.program_id(2).to(tl.int64)
+    blocks = (length + T - 1) // T
+    program = tl.program_id(0)
+    block = program % blocks
+    channel = (program // blocks % channels).to(tl.int64)
+    row = 2 * (program // blocks // channels).to(tl.int64)
     paired = (row + 1 < batch).to(tl.int32)
     x += row * x_row + channel * x_channel
     factor += row * factor_row + channel * factor_channel
@@ -156,7 +159,6 @@ def convolve(
     place = tl.arange(0, P)[:, None] * Q + tl.arange(0, Q)[None, :]
     total_re = tl.zeros((P, Q), dtype=tables.dtype.element_ty)
     total_im = tl.zeros((P, Q), dtype=tables.dtype.element_ty)
-    blocks = (length + T - 1) // T
     last = tl.minimum(reach, blocks - block if ADJOINT else block + 1)
     for distance in range(last):
         other = block + distance if ADJOINT else block - distance
@@ -206,6 +208,7 @@ def correlate(
     tables: tl.tensor,
     batch: tl.tensor,
     length: tl.tensor,
+    reach: tl.tensor,
     g_row: tl.tensor,
     g_channel: tl.tensor,
     g_step: tl.tensor,
@@ -227,9 +230,8 @@ def correlate(
     """
     N: tl.constexpr = P * Q
     T: tl.constexpr = P // 2 * Q
-    distance = tl.program_id(0)
-    reach = tl.num_programs(0)
-    channel = tl.program_id(1).to(tl.int64)
+    distance = tl.program_id(0) % reach
+    channel = (tl.program_id(0) // reach).to(tl.int64)
     g += channel * g_channel
     factor += channel * factor_channel
     x += channel * x_channel

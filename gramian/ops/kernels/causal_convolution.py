@@ -64,9 +64,10 @@ def fused_convolution(
     first, second = (rows if one is None else group.rows(one) for one in (factor, gate))
     result = torch.empty_like(like)
     y, written = group.target(result)
-    convolve[-(-length // size), channels, -(-batch // 2)](
+    # One axis, because the others of a grid have at most 65,535 programs on NVIDIA's GPUs.
+    convolve[-(-length // size) * channels * -(-batch // 2),](
         *(rows, first, spectra, second, y, _tables(size, taps.dtype, taps.device)),
-        *(batch, length, spectra.shape[1]),
+        *(batch, channels, length, spectra.shape[1]),
         *(*rows.stride(), *first.stride(), *second.stride(), *y.stride()),
         FACTOR=factor is not None,
         GATE=gate is not None,
@@ -103,8 +104,8 @@ def fused_correlation(
     reach = _reach(taps, size, length)
     spectra = torch.empty(channels, reach, 2, P, Q, dtype=dtype, device=u.device)
     first = incoming if factor is None else group.rows(factor)
-    correlate[reach, channels](
-        *(incoming, first, rows, spectra, _tables(size, dtype, u.device), batch, length),
+    correlate[reach * channels,](
+        *(incoming, first, rows, spectra, _tables(size, dtype, u.device), batch, length, reach),
         *(*incoming.stride(), *first.stride(), *rows.stride()),
         FACTOR=factor is not None,
         **_options(size, dtype),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -118,6 +121,38 @@ def test_activations_in_half_precision() -> None:
     expected = convolved(u.float(), kernel) * gate
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected.bfloat16(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_rows_of_other_pairs_and_channels_are_left_alone(value: float) -> None:
+    u, kernel = normal(5, 2, 40, dtype=torch.float32), normal(1, 2, 40, dtype=torch.float32)
+    expected = fused_convolution(u, kernel, u)
+    u[2, 1, 7] = value
+    found = fused_convolution(u, kernel, u)
+    alone = torch.ones(5, 2, dtype=torch.bool)
+    alone[2:4, 1] = False
+    assert torch.equal(found[alone], expected[alone])
+
+
+@pytest.mark.parametrize(("batch", "channels"), [(140_000, 1), (1, 70_000)])
+def test_grids_are_those_that_a_gpu_has(
+    batch: int, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Program:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    grids: list[tuple[int, ...]] = []
+    programs = importlib.import_module("gramian.ops.kernels._causal_convolution")
+    monkeypatch.setattr(programs, "convolve", Program())
+    monkeypatch.setattr(programs, "correlate", Program())
+    u, kernel = torch.zeros(1).expand(batch, channels, 1), torch.zeros(1).expand(1, channels, 1)
+    monkeypatch.setattr(module, "_BLOCK", 4)  # little memory, for the programs do not run
+    monkeypatch.setattr(module, "_LEAST", 4)
+    fused_convolution(u, kernel, u)
+    fused_correlation(u, u, kernel)
+    assert grids and all(size <= 65_535 for grid in grids for size in grid[1:])
 
 
 @pytest.mark.usefixtures("triton_on", "small_blocks")
