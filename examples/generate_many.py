@@ -236,22 +236,26 @@ def run(
     import ray.data
 
     ray.init(address=address, log_to_driver=False)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    rows = ray.data.from_items(
-        [dataclasses.asdict(part) for part in parts], override_num_blocks=len(parts)
-    )
-    # An actor that had parts in its queue would keep them from one that has nothing left to do.
-    pool = ray.data.ActorPoolStrategy(size=concurrency, max_tasks_in_flight_per_actor=1)
-    written = rows.map(
-        Generator,
-        fn_constructor_args=(job,),
-        compute=pool,
-        num_cpus=job.threads,
-        num_gpus=1 if job.device == "cuda" else 0,
-    )
-    yield from written.iter_rows()
-    ray.shutdown()
+    try:
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        rows = ray.data.from_items(
+            [dataclasses.asdict(part) for part in parts], override_num_blocks=len(parts)
+        )
+        # An actor that had parts in its queue would keep them from one that has nothing left to do.
+        pool = ray.data.ActorPoolStrategy(
+            size=min(concurrency, len(parts)), max_tasks_in_flight_per_actor=1
+        )
+        written = rows.map(
+            Generator,
+            fn_constructor_args=(job,),
+            compute=pool,
+            num_cpus=job.threads,
+            num_gpus=1 if job.device == "cuda" else 0,
+        )
+        yield from written.iter_rows()
+    finally:
+        ray.shutdown()
 
 
 def parser() -> argparse.ArgumentParser:

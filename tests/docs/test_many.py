@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +19,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from gramian.models import (
-    ByteTokenizer,
-    GramianConfig,
-    GramianForCausalLM,
-    load,
-    restrict_generation,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from gramian.models import ByteTokenizer, GramianConfig, GramianForCausalLM, restrict_generation
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "generate_many.py"
@@ -69,7 +66,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def alone(folder: Path) -> list[str]:
     """What the model writes after each prompt by itself."""
-    model, tokenizer = load(folder / "model"), ByteTokenizer()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "model"), ByteTokenizer()
     texts = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -127,6 +124,21 @@ def test_an_actor_writes_what_each_prompt_alone_gives(
     assert generator(vars(first)) == {"index": 0, "prompts": 4}
     assert example.prepare(wanted, 4) == []
     assert rows(folder / "continued", f".{format}") == expected(folder)
+
+
+def test_other_models_without_a_padding_token(example: ModuleType, folder: Path) -> None:
+    config = GPT2Config(
+        vocab_size=259, n_embd=16, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=257
+    )
+    model = GPT2LMHeadModel(config)
+    model.generation_config.suppress_tokens = [*range(ord("a")), *range(ord("z") + 1, 259)]
+    shutil.rmtree(folder / "model")
+    model.save_pretrained(folder / "model")
+    ByteTokenizer(pad_token=None).save_pretrained(folder / "model")
+    wanted = job(example, folder, batch_size=5)
+    [part] = example.prepare(wanted, 10)
+    example.Generator(wanted)(vars(part))
+    assert rows(folder / "continued", ".jsonl") == expected(folder)
 
 
 def test_a_part_that_failed_is_done_again(
@@ -223,7 +235,7 @@ def test_two_actors_of_a_ray_cluster_write_what_each_prompt_alone_gives(folder: 
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
         assert child.returncode == 0, child.stderr
         return child.stdout
