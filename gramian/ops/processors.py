@@ -21,6 +21,8 @@ __all__ = ["adapt_threads", "adaptive_threads"]
 
 _STATISTICS = Path("/proc/stat")
 
+_BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+
 _INTERVAL = 0.25
 """The shortest time between two measurements, in seconds."""
 
@@ -40,8 +42,8 @@ def adaptive_threads() -> Iterator[None]:
 
     The order of sums depends on the number of threads, so results may differ between runs by
     rounding errors. On systems other than Linux nothing changes. The same is true inside another
-    such block, while another thread is in one, and if the calling thread may use fewer processors
-    than there are threads, as it is when OpenMP binds each thread to its own (`OMP_PROC_BIND`).
+    such block, while another thread is in one, and if the environment has OpenMP bind each thread to
+    processors of its own (`OMP_PROC_BIND`, for example).
     """
     global _meter
     meter = None
@@ -72,7 +74,9 @@ def adapt_threads() -> None:
 
 
 def _can_adapt() -> bool:
-    return _STATISTICS.exists() and len(os.sched_getaffinity(0)) >= torch.get_num_threads()
+    """Return whether there are statistics, and OpenMP does not bind this thread to a processor."""
+    bound = (os.environ.get(name, "").lower() for name in _BINDING)
+    return _STATISTICS.exists() and all(value in ("", "false", "none") for value in bound)
 
 
 class _Moment(NamedTuple):

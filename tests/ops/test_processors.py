@@ -209,13 +209,26 @@ def test_processors_come_and_go(machine: Machine) -> None:
         assert torch.get_num_threads() == 4
 
 
-def test_bound_threads_change_nothing(machine: Machine) -> None:
-    machine.allowed = {0}
+@pytest.mark.parametrize("value", ["true", "close", "false"])
+def test_bound_threads_change_nothing(
+    value: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mask of a bound thread has few processors, and says nothing about those of the others."""
+    monkeypatch.setenv("OMP_PROC_BIND", value)
     with adaptive_threads():
         for _ in range(2):
-            machine.run(0.0)
+            machine.run(3.0)
             adapt_threads()
-        assert torch.get_num_threads() == 4
+        assert torch.get_num_threads() == (1 if value == "false" else 4)
+
+
+def test_more_threads_than_processors_are_reduced(machine: Machine) -> None:
+    torch.set_num_threads(2 * PROCESSORS)
+    with adaptive_threads():
+        machine.run(0.0)
+        adapt_threads()
+        assert torch.get_num_threads() == PROCESSORS
+    assert torch.get_num_threads() == 2 * PROCESSORS
 
 
 def test_a_copy_of_the_process_leaves_the_block(machine: Machine) -> None:
