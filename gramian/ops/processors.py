@@ -42,8 +42,8 @@ def adaptive_threads() -> Iterator[None]:
 
     The order of sums depends on the number of threads, so results may differ between runs by
     rounding errors. On systems other than Linux nothing changes. The same is true inside another
-    such block, while another thread is in one, and if the environment has OpenMP bind each thread to
-    processors of its own (`OMP_PROC_BIND`, for example).
+    such block, while another thread is in one, and if the environment binds each thread of OpenMP
+    to processors of its own (`OMP_PROC_BIND`, for example).
     """
     global _meter
     meter = None

@@ -31,9 +31,6 @@ def use_triton(enabled: bool = True) -> None:
     order. Higher derivatives of the scan raise an error, and forward-mode derivatives, `torch.func`
     and `torch.compile` use PyTorch's operations as before.
 
-    The convolution takes two rows at a time. Its errors are relative to the larger of the two, and
-    a sample that is NaN or infinite affects both.
-
     Args:
         enabled: Whether to use the kernels.
 

@@ -1,8 +1,8 @@
 """Programs of `fused_convolution` and `fused_correlation`. Importing this module needs Triton.
 
-A program transforms blocks of T samples of two rows at a time, which are the real and the imaginary
-part of one complex signal of 2T = P Q points. With n = Q n' + n'' and k = k' + P k'', the transform
-is two products of matrices with factors between them,
+A program transforms two neighboring blocks of T samples of a row at a time, which are the real and
+the imaginary part of one complex signal of 2T = P Q points. With n = Q n' + n'' and k = k' + P k'',
+the transform is two products of matrices with factors between them,
 
     X[k', k''] = Σ_{n''} ω_N^(n'' k') ω_Q^(n'' k'') Σ_{n'} ω_P^(n' k') x[n', n''],
 
@@ -41,29 +41,30 @@ def _spectrum(
     tables: tl.tensor,
     start: tl.tensor,
     length: tl.tensor,
-    x_row: tl.tensor,
     x_step: tl.tensor,
-    factor_row: tl.tensor,
     factor_step: tl.tensor,
-    paired: tl.tensor,
     FACTOR: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Return the spectrum (P, Q) of the block of a pair of rows that starts at `start`."""
+    """Return the spectrum (P, Q) of the block that starts at `start` and of the one after it.
+
+    Samples before the beginning and after the end are 0.
+    """
     half: tl.constexpr = P // 2
     N: tl.constexpr = P * Q
+    T: tl.constexpr = half * Q
     dtype = tables.dtype.element_ty
     n = start + tl.arange(0, half)[:, None] * Q + tl.arange(0, Q)[None, :]
-    inside = n < length
-    second = n < length * paired
-    at = n.to(tl.int64)
+    inside = (n >= 0) & (n < length)
+    second = (n >= -T) & (n < length - T)
+    at, after = n.to(tl.int64), n.to(tl.int64) + T
     re = tl.load(x + at * x_step, mask=inside, other=0.0).to(dtype)
-    im = tl.load(x + x_row + at * x_step, mask=second, other=0.0).to(dtype)
+    im = tl.load(x + after * x_step, mask=second, other=0.0).to(dtype)
     if FACTOR:
         re *= tl.load(factor + at * factor_step, mask=inside, other=0.0).to(dtype)
-        im *= tl.load(factor + factor_row + at * factor_step, mask=second, other=0.0).to(dtype)
+        im *= tl.load(factor + after * factor_step, mask=second, other=0.0).to(dtype)
     k = tl.arange(0, P)
     q = tl.arange(0, Q)
     place = k[:, None] * half + tl.arange(0, half)[None, :]
@@ -116,7 +117,6 @@ def convolve(
     gate: tl.tensor,
     y: tl.tensor,
     tables: tl.tensor,
-    batch: tl.tensor,
     channels: tl.tensor,
     length: tl.tensor,
     reach: tl.tensor,
@@ -139,27 +139,27 @@ def convolve(
     Q: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Compute one block of the outputs of two rows of a channel.
+    """Compute two neighboring blocks of the output of a row.
 
     `transfer`, (channels, reach, 2, P, Q), has the spectra of the kernel between blocks of each
-    distance. The blocks before this one enter, or for the adjoint those after it.
+    distance. The blocks before these enter, or for the adjoint those after them.
     """
     half: tl.constexpr = P // 2
     N: tl.constexpr = P * Q
     T: tl.constexpr = half * Q
     blocks = (length + T - 1) // T
+    pairs = (blocks + 1) // 2
     program = tl.program_id(0)
-    block = program % blocks
-    channel = (program // blocks % channels).to(tl.int64)
-    row = 2 * (program // blocks // channels).to(tl.int64)
-    paired = (row + 1 < batch).to(tl.int32)
+    block = program % pairs * 2
+    channel = (program // pairs % channels).to(tl.int64)
+    row = (program // pairs // channels).to(tl.int64)
     x += row * x_row + channel * x_channel
     factor += row * factor_row + channel * factor_channel
     transfer += channel * reach * 2 * N
     place = tl.arange(0, P)[:, None] * Q + tl.arange(0, Q)[None, :]
     total_re = tl.zeros((P, Q), dtype=tables.dtype.element_ty)
     total_im = tl.zeros((P, Q), dtype=tables.dtype.element_ty)
-    last = tl.minimum(reach, blocks - block if ADJOINT else block + 1)
+    last = tl.minimum(reach, blocks - block if ADJOINT else block + 2)
     for distance in range(last):
         other = block + distance if ADJOINT else block - distance
         re, im = _spectrum(
@@ -168,11 +168,8 @@ def convolve(
             tables,
             other * T,
             length,
-            x_row,
             x_step,
-            factor_row,
             factor_step,
-            paired,
             FACTOR,
             P,
             Q,
@@ -186,17 +183,16 @@ def convolve(
         total_im += re * own_im + im * own_re
     re, im = _signal(total_re, total_im, tables, P, Q, PRECISION)
     n = block * T + tl.arange(0, half)[:, None] * Q + tl.arange(0, Q)[None, :]
-    inside = n < length
-    second = n < length * paired
-    at = n.to(tl.int64)
+    inside, second = n < length, n < length - T
+    at, after = n.to(tl.int64), n.to(tl.int64) + T
     re, im = re / N, im / N
     if GATE:
         gate += row * gate_row + channel * gate_channel
         re *= tl.load(gate + at * gate_step, mask=inside, other=0.0).to(re.dtype)
-        im *= tl.load(gate + gate_row + at * gate_step, mask=second, other=0.0).to(re.dtype)
+        im *= tl.load(gate + after * gate_step, mask=second, other=0.0).to(re.dtype)
     y += row * y_row + channel * y_channel
     tl.store(y + at * y_step, re.to(y.dtype.element_ty), mask=inside)
-    tl.store(y + y_row + at * y_step, im.to(y.dtype.element_ty), mask=second)
+    tl.store(y + after * y_step, im.to(y.dtype.element_ty), mask=second)
 
 
 @triton.jit
@@ -238,21 +234,17 @@ def correlate(
     total_re = tl.zeros((P, Q), dtype=tables.dtype.element_ty)
     total_im = tl.zeros((P, Q), dtype=tables.dtype.element_ty)
     blocks = (length + T - 1) // T
-    for pair in range((batch + 1) // 2):
-        row = tl.zeros((), tl.int64) + 2 * pair
-        paired = (row + 1 < batch).to(tl.int32)
-        for block in range(distance, blocks):
+    for batch_row in range(batch):
+        row = tl.zeros((), tl.int64) + batch_row
+        for block in range(distance, blocks, 2):
             re, im = _spectrum(
                 g + row * g_row,
                 factor + row * factor_row,
                 tables,
                 block * T,
                 length,
-                g_row,
                 g_step,
-                factor_row,
                 factor_step,
-                paired,
                 FACTOR,
                 P,
                 Q,
@@ -264,11 +256,8 @@ def correlate(
                 tables,
                 (block - distance) * T,
                 length,
-                x_row,
                 x_step,
-                factor_row,
                 factor_step,
-                paired,
                 False,
                 P,
                 Q,

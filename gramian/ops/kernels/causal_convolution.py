@@ -65,9 +65,10 @@ def fused_convolution(
     result = torch.empty_like(like)
     y, written = group.target(result)
     # One axis, because the others of a grid have at most 65,535 programs on NVIDIA's GPUs.
-    convolve[-(-length // size) * channels * -(-batch // 2),](
+    pairs = -(-length // (2 * size))
+    convolve[pairs * channels * batch,](
         *(rows, first, spectra, second, y, _tables(size, taps.dtype, taps.device)),
-        *(batch, channels, length, spectra.shape[1]),
+        *(channels, length, spectra.shape[1]),
         *(*rows.stride(), *first.stride(), *second.stride(), *y.stride()),
         FACTOR=factor is not None,
         GATE=gate is not None,
@@ -157,8 +158,9 @@ class _Grouping:
 
 
 def _block(length: int) -> int:
-    """Return the number T of samples in a block, a power of two."""
-    return min(_BLOCK, max(_LEAST, 1 << (length - 1).bit_length()))
+    """Return the number T of samples in a block, a power of two, so that there are two or more."""
+    half = 1 << max((length - 1).bit_length() - 1, 0)
+    return min(_BLOCK, max(_LEAST, half))
 
 
 def _shape(size: int) -> tuple[int, int]:
