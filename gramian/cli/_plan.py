@@ -119,15 +119,8 @@ def plan(
     For every head, the effective state-size on a text, the error of a recurrence in its place and
     that of a window are measured. The plan names the layers and heads to keep and to replace.
     """
-    if (text is None) == (plan_file is None):
-        raise typer.BadParameter("give one of --text and --plan.")
-    if (text is None) != (replace is None):
-        raise typer.BadParameter("--replace goes with --text.")
-    if plan_file is not None and try_text is None:
-        raise typer.BadParameter("--plan needs --try, the text to try it on.")
+    _check(text, plan_file, replace, try_text, output)
     budget = None if replace is None else _budget(replace)
-    if output is not None and (output.exists() or output.is_symlink()):
-        raise UserError(f"{output} exists already; name a file that does not.")
     documents = None if text is None else _read(text)
     others = None if try_text is None else _read(try_text)
     console = console_for(as_json)
@@ -181,6 +174,30 @@ def plan(
     if trial is not None:
         values["trial"] = trial.to_dict()
     finish(console, as_json, values, _shown(given, trial), output)
+
+
+def _check(
+    text: Path | None,
+    plan_file: Path | None,
+    replace: str | None,
+    try_text: Path | None,
+    output: Path | None,
+) -> None:
+    """Check that the options go together, and the files that are not read at once."""
+    if (text is None) == (plan_file is None):
+        raise typer.BadParameter("give exactly one of --text and --plan.")
+    if text is not None and replace is None:
+        raise typer.BadParameter("--text needs --replace, which says how much to replace.")
+    if text is None and replace is not None:
+        raise typer.BadParameter("--replace goes with --text; a plan says what it replaces.")
+    if plan_file is not None and try_text is None:
+        raise typer.BadParameter("--plan needs --try, the text to try it on.")
+    if output is not None and (output.exists() or output.is_symlink()):
+        raise UserError(f"{output} exists already; name a file that does not.")
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"{output}: there is no folder {output.parent}.")
+    if plan_file is not None and not plan_file.is_file():
+        raise UserError(f"there is no plan {plan_file}.")
 
 
 def _budget(text: str) -> int | float:

@@ -113,6 +113,7 @@ def plan_hybrid(
         seed=seed,
         layers=layers,
         left=left,
+        measured=(window, sinks),
     ).choose()
     return changed(plan, seconds=round(time.perf_counter() - started, 1))
 
@@ -208,7 +209,7 @@ def _measure(
             left[name] = "its module attends more than once."
             del found[name]
     if not found:
-        reason = f": {next(iter(left.items()))}" if left else "."
+        reason = "".join(f": {path}: {why}" for path, why in list(left.items())[:1]) or "."
         raise ValueError(
             f"{type(model).__name__} has no attention that a window can replace{reason}"
         )

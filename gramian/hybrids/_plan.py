@@ -133,6 +133,8 @@ class HybridPlan:
         layers: the attention layers that can be replaced, in the order in which they run.
         left: path of every other layer that mixes tokens, and why it is not replaced.
         seconds: duration of the measurement in seconds.
+        measured: the window and the number of first tokens for which errors were measured; None if
+            they are those of the plan.
     """
 
     model: str
@@ -149,6 +151,32 @@ class HybridPlan:
     layers: tuple[PlannedLayer, ...]
     left: tuple[tuple[str, str], ...] = ()
     seconds: float = 0.0
+    measured: tuple[int, int] | None = None
+
+    @property
+    def edited(self) -> bool:
+        """Whether what is replaced is not what the criterion chooses."""
+        if self.criterion == "loss" and any(x.loss_increases is None for x in self.layers):
+            return True
+        return self.choose().replaced != self.replaced
+
+    @property
+    def chosen_by(self) -> str:
+        """The criterion, or "hand" for a plan whose choice was edited."""
+        return "hand" if self.edited else self.criterion
+
+    def as_much(self) -> HybridPlan:
+        """Return the plan with a budget by which any criterion replaces as much as it does.
+
+        If the choice was edited, the budget is a number of layers, or of groups of heads if a layer
+        is replaced in part.
+        """
+        if not self.edited:
+            return self
+        by = self.by if all(x.whole or not x.replaced for x in self.layers) else "head"
+        size = {x.name: len(x.units(by)[0]) for x in self.layers}
+        count = sum(math.ceil(len(x.replaced) / size[x.name]) for x in self.layers)
+        return dataclasses.replace(self, by=by, budget=count)
 
     @property
     def replaced(self) -> dict[str, tuple[int, ...] | None]:
@@ -308,12 +336,17 @@ class HybridPlan:
         if found != _FORMAT:
             raise ValueError(f"a plan of format {_FORMAT!r} is needed; got {found!r}.")
         try:
-            fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+            names = [field.name for field in dataclasses.fields(cls) if field.name != "measured"]
+            fields = {name: values[name] for name in names}
+            measured = values.get("measured") or (values["window"], values["sinks"])
+            fields["measured"] = tuple(measured)
             layers = [PlannedLayer(**_tuples(layer)) for layer in fields["layers"]]
             replace, keep = dict(values["replace"] or {}), values["keep"] or []
             fields |= {"left": tuple(fields["left"].items()), "orders": tuple(fields["orders"])}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"the plan is not complete: {error!r}.") from error
+        except KeyError as error:
+            raise ValueError(f"the plan lacks the entry {error.args[0]!r}.") from error
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"an entry of the plan has another form: {error}.") from error
         for name in replace:
             if name not in {layer.name for layer in layers}:
                 raise ValueError(f"the plan replaces {name}, which is none of its layers.")
@@ -354,17 +387,19 @@ class HybridPlan:
     @property
     def summary(self) -> str:
         """A few sentences with the choice and the bytes of the cache."""
-        units = sum(len(x.units(self.by)) for x in self.layers)
-        size = {x.name: len(x.units(self.by)[0]) for x in self.layers}
-        chosen = sum(len(x.replaced) // size[x.name] for x in self.layers)
+        by = self.as_much().by
+        units = sum(len(x.units(by)) for x in self.layers)
+        size = {x.name: len(x.units(by)[0]) for x in self.layers}
+        chosen = sum(math.ceil(len(x.replaced) / size[x.name]) for x in self.layers)
         tokens = 16 * self.length
         before, after = self.cache_bytes(tokens)
         sinks = f" and the first {self.sinks}" if self.sinks else ""
+        read = "1 sequence" if self.sequences == 1 else f"{self.sequences} sequences"
         words = (
-            f"{self.model}: {chosen} of {units} {_NAMES[self.by]}, chosen by {self.criterion}, "
-            f"see the last {self.window} tokens{sinks}. Measured on {self.sequences} sequences "
-            f"of {self.length:,} tokens in {self.seconds:.0f} s. Keys and values of {tokens:,} "
-            f"tokens: {before:,} bytes before, {after:,} after."
+            f"{self.model}: {chosen} of {units} {_NAMES[by]}, chosen by {self.chosen_by}, see the "
+            f"last {self.window} tokens{sinks}. Measured on {read} of {self.length:,} tokens in "
+            f"{self.seconds:.0f} s. Keys and values of {tokens:,} tokens: {before:,} bytes before, "
+            f"{after:,} after."
         )
         return words + "".join(f" {path} is left: {reason}" for path, reason in self.left)
 
@@ -375,17 +410,23 @@ class HybridPlan:
     @property
     def _rows(self) -> list[tuple[str, ...]]:
         order = self.orders.index(self.state)
+        names = _shortened([x.name for x in self.layers])
+        known = self.measured in (None, (self.window, self.sinks))
+
+        def error(layer: PlannedLayer, criterion: str) -> str:
+            return f"{layer.score(criterion, 0, 'layer', order):.3f}" if known else ""
+
         return [
             (
-                x.name,
+                name,
                 str(x.heads),
                 f"{x.score('state', 0, 'layer', order):.1f}",
                 f"{x.score('realization', 0, 'layer', order):.3f}",
-                f"{x.score('window', 0, 'layer', order):.3f}",
-                f"{x.score('output', 0, 'layer', order):.3f}",
+                error(x, "window"),
+                error(x, "output"),
                 "all" if x.whole else ", ".join(map(str, x.replaced)),
             )
-            for x in self.layers
+            for name, x in zip(names, self.layers, strict=True)
         ]
 
 
@@ -448,6 +489,15 @@ def _heads(layer: PlannedLayer, chosen: Any) -> tuple[int, ...]:
         if not isinstance(head, int) or not 0 <= head < layer.heads:
             raise ValueError(f"{layer.name} has {layer.heads} heads; got the number {head!r}.")
     return tuple(sorted({*chosen}))
+
+
+def _shortened(names: Sequence[str]) -> list[str]:
+    """Return paths without the modules that all of them begin with."""
+    parts = [name.split(".") for name in names]
+    same = 0
+    while len(parts) > 1 and len({tuple(one[: same + 1]) for one in parts}) == 1:
+        same += 1
+    return [".".join(one[same:]) for one in parts]
 
 
 def _root_mean_square(values: Sequence[float]) -> float:

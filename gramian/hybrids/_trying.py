@@ -173,7 +173,7 @@ def try_hybrid(
     """Measure the loss of a plan's hybrid on a text, beside choices of other criteria.
 
     The replaced heads see a window (`gramian.analysis.window_attention`); the model is not changed.
-    The other choices replace as much as the plan's budget says.
+    The other choices replace as many layers or groups of heads.
 
     Args:
         model: The model that was planned for.
@@ -195,10 +195,10 @@ def try_hybrid(
     """
     if seeds < 1 or sequences < 1:
         raise ValueError(f"seeds and sequences must be at least 1; got {seeds} and {sequences}.")
-    plans = [plan]
+    plans, as_much = [plan], plan.as_much()
     for criterion in against:
         for seed in range(seeds if criterion == "random" else 1):
-            plans.append(plan.choose(criterion=criterion, seed=seed))
+            plans.append(as_much.choose(criterion=criterion, seed=seed))
     rows = list(rows_of(text, tokenizer, length or plan.length, sequences))
 
     def score(one: HybridPlan) -> Perplexity:
@@ -228,8 +228,8 @@ def _tried(plan: HybridPlan, before: Perplexity, after: Perplexity) -> TriedChoi
     # The first measure of a text is its loss.
     compared = Comparison(before.measures("text")[0], after.measures("text")[0])
     return TriedChoice(
-        criterion=plan.criterion,
-        seed=plan.seed if plan.criterion == "random" else None,
+        criterion=plan.chosen_by,
+        seed=plan.seed if plan.chosen_by == "random" else None,
         heads=sum(len(layer.replaced) for layer in plan.layers),
         loss=after.loss,
         increase=compared.difference,

@@ -97,8 +97,10 @@ def test_what_cannot_work_is_said_in_one_line(call: Call, place: Path, tmp_path:
     (tmp_path / "there.yaml").write_text("a: 1\n")
     there = tmp_path / "there.yaml"
     cases = [
-        ("plan hybrid --text text.txt", 2, "--replace goes with --text"),
-        ("plan hybrid --replace 1", 2, "give one of --text and --plan"),
+        ("plan hybrid --text text.txt", 2, "--text needs --replace"),
+        ("plan hybrid --plan none.yaml --try text.txt", 1, "there is no plan none.yaml"),
+        ("plan hybrid --text text.txt --replace 1 -o none/p.yaml", 1, "there is no folder none"),
+        ("plan hybrid --replace 1", 2, "give exactly one of --text and --plan"),
         (f"plan hybrid --plan {there}", 2, "--plan needs --try"),
         (f"plan hybrid --plan {there} --try other.txt", 1, "is not the plan of a hybrid"),
         (f"plan hybrid --text text.txt --replace 1 -o {there}", 1, "exists already"),

@@ -267,7 +267,7 @@ def test_an_edited_plan_is_what_it_says(tmp_path: Path) -> None:
         ({"replace": {third: [4]}}, f"{third} has 4 heads; got the number 4"),
         ({"replace": {third: "some"}}, "must have all or numbers of heads; got 'some'"),
         ({"format": "other"}, "a plan of format 'gramian.hybrid_plan/1' is needed; got 'other'"),
-        ({"layers": [{"name": "x"}]}, "the plan is not complete"),
+        ({"layers": [{"name": "x"}]}, "an entry of the plan has another form"),
     ):
         path.write_text(yaml.safe_dump(values | changes))
         with pytest.raises(ValueError, match=message) as caught:
@@ -279,6 +279,37 @@ def test_an_edited_plan_is_what_it_says(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="is not the plan of a hybrid") as caught:
             HybridPlan.load(path)
         assert "\n" not in str(caught.value)
+
+
+def test_an_edited_plan_says_so_and_is_compared_with_as_much(tmp_path: Path) -> None:
+    plan = plan_of("llama").choose(1, "state")
+    assert (plan.edited, plan.chosen_by) == (False, "state") and plan.as_much() is plan
+    values = plan.to_dict()
+    first, second, third = (layer.name for layer in plan.layers)
+
+    values["replace"], values["keep"] = {first: "all", third: "all"}, []
+    edited = HybridPlan.from_dict(values)
+    assert edited.chosen_by == "hand" and "2 of 3 layers, chosen by hand" in str(edited)
+    assert len(edited.as_much().choose(criterion="magnitude").replaced) == 2
+
+    group = plan.layers[1].group
+    values["replace"] = {first: "all", second: list(range(group))}
+    partly = HybridPlan.from_dict(values)
+    wanted = sum(len(layer.replaced) for layer in partly.layers)
+    other = partly.as_much().choose(criterion="random", seed=1)
+    assert sum(len(layer.replaced) for layer in other.layers) == wanted
+    assert f"{wanted // group} of " in str(partly) and "groups of heads, chosen by hand" in str(
+        partly
+    )
+
+    columns = str(plan).splitlines()[2].split()
+    values = plan.to_dict() | {"window": plan.window + 1}
+    assert len(str(HybridPlan.from_dict(values)).splitlines()[2].split()) == len(columns) - 2
+    assert (
+        HybridPlan.from_dict({k: v for k, v in plan.to_dict().items() if k != "measured"}) == plan
+    )
+    with pytest.raises(ValueError, match="the plan lacks the entry 'keep'"):
+        HybridPlan.from_dict({k: v for k, v in values.items() if k != "keep"})
 
 
 def test_trials_measure_windows_on_the_text(planned: Any, tmp_path: Path) -> None:
