@@ -564,6 +564,19 @@ def _exponents(r: Results) -> str:
     return f"{found['time']:.2f} (time), {found['memory']:.2f} (memory)"
 
 
+def _lengths(work: str) -> Callable[[Results], str]:
+    """The exponents of a kind of work, in the order of its layers."""
+
+    def text(r: Results) -> str:
+        found = [one for name, one in r["exponents"].items() if name.startswith(work)]
+        times, memory = (
+            ", ".join(f"{one[kind]:.2f}" for one in found) for kind in ("time", "memory")
+        )
+        return f"{times} (time); {memory} (memory)"
+
+    return text
+
+
 def _per_layer(r: Results) -> str:
     """What the peak grows by, over what the model does, and what it is for the largest model."""
     rows = [row for row in r["rows"] if row["axis"] == "layers"]
@@ -803,9 +816,9 @@ FIGURES: dict[str, list[Row]] = {
         for model in ("HyenaDNA", "StripedHyena")
     ],
     "Growth": [
-        (None, _stands("not measured yet")),
-        (None, _stands("not measured yet")),
-        (None, _stands("not measured yet")),
+        ("growth_length", _lengths("training step")),
+        ("growth_length", _lengths("prefill")),
+        ("growth_length", _lengths("reduction")),
         ("growth_filters", _exponents),
         ("growth_distill", _per_layer),
         ("growth_analyze", _per_layer),
