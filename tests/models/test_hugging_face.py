@@ -256,20 +256,27 @@ print(*sorted(file.name for file in again.iterdir()))
 """
 
 
+def run_fresh(
+    program: str, writer: GramianForCausalLM, tokenizer: ByteTokenizer, place: Path, argument: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a program in another process, on the folder of a saved model and one more argument."""
+    folder = place / "model"
+    writer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return subprocess.run(
+        [sys.executable, "-c", program, folder, argument],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HOME": str(place / "home"), "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
+
+
 def test_a_fresh_process_loads_a_folder_with_trust_remote_code(
     writer: GramianForCausalLM, tokenizer: ByteTokenizer, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "model"
-    writer.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run(
-        [sys.executable, "-c", FRESH, folder, TEXT],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
+    ran = run_fresh(FRESH, writer, tokenizer, tmp_path, TEXT)
     assert ran.returncode == 0, ran.stderr
     missing, text, files = ran.stdout.strip().splitlines()
     assert missing == (
@@ -306,18 +313,7 @@ assert type(transformers.AutoTokenizer.from_pretrained(sys.argv[1])).__name__ ==
 def test_tools_find_the_classes_in_transformers_however_it_was_imported(
     writer: GramianForCausalLM, tokenizer: ByteTokenizer, tmp_path: Path, when: str
 ) -> None:
-    folder = tmp_path / "model"
-    writer.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run(
-        [sys.executable, "-c", EARLY, folder, when],
-        capture_output=True,
-        text=True,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        timeout=300,
-    )
+    ran = run_fresh(EARLY, writer, tokenizer, tmp_path, when)
     assert ran.returncode == 0, ran.stderr
     assert "Do you wish to run the custom code" not in ran.stdout
 
