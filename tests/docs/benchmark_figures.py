@@ -224,6 +224,11 @@ def _online(side: str) -> Callable[[Results], str]:
     return lambda r: f"{r['ratio_to_online'][side]:.0f} times faster"
 
 
+def _future_fill(r: Results) -> str:
+    ratios = (f"{case['ratio']:.1f}" for case in r["future_fill"].values())
+    return f"{', '.join(ratios)} times faster"
+
+
 def _forms(r: Results) -> str:
     lengths = sorted({row["length"] for row in r["rows"]})
     won = []
@@ -690,6 +695,7 @@ FIGURES: dict[str, list[Row]] = {
     "Online convolution": [
         ("online_convolution", _online("FFT recomputation")),
         ("online_convolution", _online("dot product")),
+        ("online_convolution", _future_fill),
     ],
     "Quality against order": [
         ("distillation_order", _order(4)),
