@@ -204,12 +204,13 @@ class Segments:
             self._counts = count.flatten().tolist()
             width = max(1, *self._counts)
         rows = torch.arange(batch, device=real.device)[:, None]
-        order = real.to(torch.int8).argsort(dim=1, stable=True)[:, length - width :]
-        columns = torch.arange(width, device=real.device)
-        kept = columns >= width - count
-        places = rows * width + width - count + real.cumsum(1) - 1
-        part = Part(order + rows * length, kept)
-        return (part,), torch.where(real, places, 0)
+        columns = torch.arange(length, device=real.device)
+        among = real.cumsum(1) - 1  # the index of each token among the tokens of its row
+        moved = torch.where(real, length - count + among, columns - among - 1)
+        order = torch.zeros_like(moved).scatter(1, moved, columns.expand(batch, -1))
+        source = (order + rows * length)[:, length - width :]
+        part = Part(source, columns[:width] >= width - count)
+        return (part,), torch.where(real, rows * width + width - count + among, 0)
 
     def _packed(self) -> tuple[tuple[Part, ...], Tensor]:
         """Plan parts of sequences of similar length.

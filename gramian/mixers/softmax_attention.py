@@ -367,15 +367,14 @@ class SoftmaxAttention(Mixer):
     def remember(
         self, state: State, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> SoftmaxAttentionState:
-        """Return the state after more tokens, whose k and v are (batch, kv_heads, length, N)."""
+        """Return the state after more tokens, whose k and v are (batch, kv_heads, length, N).
+
+        The mask (batch, length) is false for padding, which comes before the tokens of a row.
+        """
         assert isinstance(state, SoftmaxAttentionState)
         keys, values, count, seen = state
         length, room = k.shape[2], keys.shape[2]
-        if mask is None:
-            total = count + length
-        else:
-            kept = (mask != 0).to(k.device)
-            total = count + kept.sum(1)
+        total = count + (length if mask is None else (mask != 0).to(k.device).sum(1))
         slots = torch.arange(room, device=k.device)
         last = total[:, None] - 1
         held = last - (last - slots) % room  # the position that each slot will hold
@@ -384,8 +383,7 @@ class SoftmaxAttention(Mixer):
         )  # the index among the new real tokens, negative for an old token
         source = new.clamp_min(0)
         if mask is not None:
-            order = kept.logical_not().to(torch.int8).argsort(dim=1, stable=True)
-            source = order.gather(1, source.clamp_max(length - 1))
+            source = source + (length - (total - count))[:, None]  # padding comes first
         source = torch.where(
             new >= 0, room + source, slots
         )  # (batch, room): the index among old slots and new tokens

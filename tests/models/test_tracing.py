@@ -72,7 +72,7 @@ def test_export(model: GramianForCausalLM, make_tokens: MakeTokens, masked: bool
         shapes["attention_mask"] = open_
     with torch.no_grad():
         graph = torch.export.export(model, (), inputs, dynamic_shapes=shapes).module()
-    for batch, length in ((1, 7), (3, 40), (2, LENGTH), (2, ROWS), (1, 1024)):
+    for batch, length in ((1, 1), (2, 2), (1, 7), (3, 40), (2, LENGTH), (2, ROWS), (1, 1024)):
         mask = padded(batch, length) if masked else None
         agrees(graph, model, make_tokens(batch, length), mask)
 
