@@ -110,9 +110,14 @@ def place(folder: Path, way: str) -> torch.nn.Module:
     if way == "auto":
         return GramianForCausalLM.from_pretrained(folder, device_map="auto")
     if way == "disk":
-        return GramianForCausalLM.from_pretrained(
-            folder, device_map={"": "disk"}, offload_folder=store
-        )
+        try:
+            return GramianForCausalLM.from_pretrained(
+                folder, device_map={"": "disk"}, offload_folder=store
+            )
+        except ValueError as error:  # before accelerate 1.15
+            if "offload the whole model to the disk" not in str(error):
+                raise
+            pytest.skip(str(error))
     if way == "layers":
         places = {"model.layers.1": "disk"}
         for name in ("embed_tokens", "layers.0", "norm", "embedding_dropout"):
