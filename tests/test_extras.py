@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,11 @@ from pathlib import Path
 import pytest
 
 import gramian
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL = [  # the packages of all extras, and some that come with them
@@ -206,3 +212,18 @@ def test_a_bare_import_would_be_found() -> None:
     assert unsaid("a.py", "import onnx_ir", set()) == ["a.py:1 onnx_ir"]
     guarded = 'def f():\n    require("f", "export", "onnxscript")\n    import onnx_ir\n'
     assert unsaid("a.py", guarded, set()) == []
+
+
+def test_what_is_to_be_installed_exists_and_can_be_pasted() -> None:
+    """A shell such as zsh takes brackets without quotes for a pattern of file names."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = set(settings["project"]["optional-dependencies"])
+    files = [ROOT / "README.md", *(ROOT / "gramian").rglob("*.py"), *(ROOT / "docs").rglob("*.md")]
+    named = 0
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        assert not re.search(r"pip install (-\S+ )*(gramian|\.)\[", text), file
+        for name in re.findall(r"pip install [^\n`]*?\bgramian\[([a-z,]+)\]", text):
+            assert set(name.split(",")) <= extras, (file, name)
+            named += 1
+    assert named > 20

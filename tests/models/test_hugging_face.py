@@ -284,9 +284,7 @@ def test_a_fresh_process_loads_a_folder_with_trust_remote_code(
     ran = run_fresh(FRESH, writer, tokenizer, tmp_path, TEXT)
     assert ran.returncode == 0, ran.stderr
     missing, text, files = ran.stdout.strip().splitlines()
-    assert missing == (
-        "this model needs the package gramian: install it with `pip install gramian[models]`."
-    )
+    assert missing == 'this model needs the package gramian: pip install "gramian[models]".'
     assert text == str(continued(writer, tokenizer, TEXT).encode())
     names = ["config.json", "generation_config.json", "model.safetensors", f"{MODULE}.py"]
     assert sorted(files.split()) == sorted(names)
