@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gramian._extras import require
 from gramian.analysis._gguf import open_gguf
 
 __all__ = ["open_model"]
@@ -41,6 +42,7 @@ def open_model(
         ImportError: if a package that is needed to read the model is missing: `gguf` for a GGUF
             file, `peft` for an adapter, or the package of the method that quantized the weights.
     """
+    require("a saved language model", "models", "transformers")
     from transformers import AutoTokenizer
 
     from gramian.models import ByteTokenizer, load_any

@@ -179,7 +179,7 @@ def save_programs(what: Stateful, folder: Path, format: str) -> dict[str, Any]:
             for name, value in what.states.items()
         ],
     }
-    (folder / MANIFEST).write_text(to_json(description, indent=2) + "\n")
+    (folder / MANIFEST).write_text(to_json(description, indent=2) + "\n", encoding="utf-8")
     return description
 
 

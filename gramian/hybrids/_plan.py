@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from gramian._extras import require
 from gramian._json import to_json
 from gramian._staging import staged_file
 from gramian._tables import rich_table, text_table
@@ -299,6 +300,7 @@ class HybridPlan:
 
     def to_yaml(self) -> str:
         """Return `to_dict` as YAML text."""
+        require("a plan in YAML", "models", "yaml")
         import yaml
 
         text: str = yaml.safe_dump(
@@ -365,7 +367,9 @@ class HybridPlan:
         Raises:
             OSError: if the file cannot be read.
             ValueError: if the file does not hold a plan.
+            ImportError: if pyyaml is not installed.
         """
+        require("a plan in YAML", "models", "yaml")
         import yaml
 
         path = Path(path)

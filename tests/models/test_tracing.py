@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch.export import Dim
 from torch.testing import assert_close
 
 from gramian.models import GramianConfig, GramianForCausalLM, GramianForSequenceClassification
+
+pytestmark = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.9"), reason="graphs of whole models need PyTorch 2.9"
+)
 
 MakeConfig = Callable[..., GramianConfig]
 MakeTokens = Callable[[int, int], torch.Tensor]

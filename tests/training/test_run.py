@@ -148,6 +148,7 @@ def test_saved_models_score_what_was_reported(tmp_path: Path) -> None:
     assert report.best["loss"] == best
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 @pytest.mark.parametrize(
     "moment",
     [
