@@ -49,7 +49,7 @@ _PARAMETERS = ".safetensors"
 _NAMES = {"layer": "layers", "head": "groups of heads"}
 _COLUMNS = (
     *("layer", "heads", "ESS", "error of {n} states", "of the window", "of its output"),
-    *("of the recurrence", "replaced"),
+    *("of the fit", "replaced"),
 )
 
 
@@ -357,12 +357,17 @@ class HybridPlan:
 
         Args:
             path: the file. If it ends in .json, it is JSON, and otherwise YAML.
+
+        Raises:
+            ValueError: if the file ends in .safetensors, and the plan has parameters.
         """
         from safetensors.torch import save_file
 
         path = Path(path)
         text = f"{self.to_json()}\n" if path.suffix == ".json" else self.to_yaml()
         if self.parameters:
+            if path.suffix == _PARAMETERS:
+                raise ValueError(f"a plan is YAML or JSON, not {_PARAMETERS}; got {path}.")
             with staged_file(path.with_suffix(_PARAMETERS)) as stage:
                 save_file(dict(self.parameters), stage)
         with staged_file(path) as stage:
@@ -480,7 +485,7 @@ class HybridPlan:
     @property
     def _columns(self) -> list[str]:
         fitted = kind_of(self.kind).fitted
-        columns = [x for x in _COLUMNS if fitted or x != "of the recurrence"]
+        columns = [x for x in _COLUMNS if fitted or x != "of the fit"]
         return [column.format(n=self.state) for column in columns]
 
     @property
