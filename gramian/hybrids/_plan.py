@@ -47,10 +47,8 @@ _UNMEASURED = {
 }
 _PARAMETERS = ".safetensors"
 _NAMES = {"layer": "layers", "head": "groups of heads"}
-_COLUMNS = (
-    *("layer", "heads", "ESS", "error of {n} states", "of the window", "of its output"),
-    *("of the fit", "replaced"),
-)
+_ERRORS = {"of the window": "window", "of its output": "output"}
+_ERRORS_OF_FITS = {"of a window's output": "output", "of the fit": "recurrence"}
 
 
 @dataclass(frozen=True)
@@ -361,7 +359,7 @@ class HybridPlan:
         Raises:
             ValueError: if the file ends in .safetensors, and the plan has parameters.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         path = Path(path)
         text = f"{self.to_json()}\n" if path.suffix == ".json" else self.to_yaml()
@@ -369,7 +367,7 @@ class HybridPlan:
             if path.suffix == _PARAMETERS:
                 raise ValueError(f"a plan is YAML or JSON, not {_PARAMETERS}; got {path}.")
             with staged_file(path.with_suffix(_PARAMETERS)) as stage:
-                save_file(dict(self.parameters), stage)
+                stage.write_bytes(save(dict(self.parameters)))
         with staged_file(path) as stage:
             stage.write_text(text, encoding="utf-8")
         return path
@@ -484,9 +482,13 @@ class HybridPlan:
 
     @property
     def _columns(self) -> list[str]:
-        fitted = kind_of(self.kind).fitted
-        columns = [x for x in _COLUMNS if fitted or x != "of the fit"]
-        return [column.format(n=self.state) for column in columns]
+        states = f"error of {self.state} states"
+        return ["layer", "heads", "ESS", states, *self._errors, "replaced"]
+
+    @property
+    def _errors(self) -> dict[str, str]:
+        """The criteria that are shown, by their columns."""
+        return _ERRORS_OF_FITS if kind_of(self.kind).fitted else _ERRORS
 
     @property
     def _rows(self) -> list[tuple[str, ...]]:
@@ -503,9 +505,7 @@ class HybridPlan:
                 str(x.heads),
                 f"{x.score('state', 0, 'layer', order):.1f}",
                 f"{x.score('realization', 0, 'layer', order):.3f}",
-                error(x, "window"),
-                error(x, "output"),
-                *([error(x, "recurrence")] if kind_of(self.kind).fitted else []),
+                *(error(x, criterion) for criterion in self._errors.values()),
                 "all" if x.whole else ", ".join(map(str, x.replaced)),
             )
             for name, x in zip(names, self.layers, strict=True)

@@ -6,9 +6,9 @@ A head whose queries q, keys k and values v have their positions already keeps n
     [z_t, d_t] = ψ(q_t)ᵀ S_t + Σ_{s ∈ window} exp(σ q_t · k_s) [v_s, 1],   y_t = z_t / d_t.
 
 This is linear attention with its denominator (arXiv 2006.16236, equations 16–20). Its features are
-exponentials of linear maps, as in Hedgehog (arXiv 2402.04347, section 4.2): φ(k) = softmax(B k + b)
-and ψ(q) = exp(A q + a). The last w tokens and the first m stay in the softmax, and share its
-denominator with the states, as in LoLCATs (arXiv 2410.10254, equation 6). Each state has a decay λ
+exponentials of linear maps, as in Hedgehog (arXiv 2402.04347): φ(k) = softmax(B k + b) and
+ψ(q) = exp(A q + a). The last w tokens and the first m stay in the softmax, and share its
+denominator with the states, as in LoLCATs (arXiv 2410.10254). Each state has a decay λ
 in (0, 1]. Heads that share keys and values share B, b, λ and the memory S; A and a are their own.
 
 The memory is n (M + 1) numbers for each of these groups, besides the w + m keys and values.
