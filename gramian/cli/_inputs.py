@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SAVE_TOKENIZER",
     "byte_tokenizer",
+    "check_models",
     "check_new",
     "check_shard_size",
     "check_tolerance",
@@ -46,6 +48,17 @@ def check_new(out: Path) -> None:
     """Raise a UserError if a path exists already."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already; name a folder that does not.")
+
+
+def check_models(names: Sequence[str]) -> None:
+    """Raise a UserError unless there is a model of every name."""
+    from gramian._hub import check_model_exists
+
+    for name in names:
+        try:
+            check_model_exists(name)
+        except FileNotFoundError as error:
+            raise UserError(one_line(error)) from error
 
 
 def check_shard_size(size: str) -> None:

@@ -12,6 +12,7 @@ from gramian.cli._app import UserError, command
 from gramian.cli._console import Bar, console_for, finish, running
 from gramian.cli._inputs import (
     SAVE_TOKENIZER,
+    check_models,
     check_new,
     move_model,
     quiet_transformers,
@@ -138,6 +139,7 @@ def modulation(
         documents, texts, delimiters, horizon, reach, resamples, seed, channels, include, device
     )
     console, found = console_for(as_json), []
+    check_models(models)
     quiet_transformers()
     for name in models:
         with running(console, f"Reading with {name}", about=name) as bar:
