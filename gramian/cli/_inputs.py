@@ -35,6 +35,8 @@ __all__ = [
     "prompt_ids",
     "quiet_transformers",
     "read_texts",
+    "read_training_texts",
+    "recall_options",
     "require_training",
     "spread_windows",
 ]
@@ -205,6 +207,25 @@ def read_texts(text: Path) -> list[Document]:
         raise UserError(one_line(error)) from error
     except OSError as error:
         raise UserError(f"the text {text} cannot be read: {error.strerror}.") from error
+
+
+def read_training_texts(paths: list[Path] | None, rare: int | None) -> list[Document]:
+    """Read the documents that --training-text names, and check that --rare has some."""
+    if rare is not None and not paths:
+        raise typer.BadParameter(f"--rare needs --training-text; got {rare} alone.")
+    return [document for path in paths or [] for document in read_texts(path)]
+
+
+def recall_options(training: list[Document], rare: int | None, tokenizer: Any) -> dict[str, Any]:
+    """Return the options of `evaluation.perplexity` that the training texts determine."""
+    from gramian.evaluation import count_bigrams
+
+    if not training:
+        return {}
+    try:
+        return {"training_bigrams": count_bigrams(training, tokenizer), "rare": rare}
+    except ValueError as error:
+        raise UserError(f"--training-text: {one_line(error)}") from error
 
 
 def first_windows(

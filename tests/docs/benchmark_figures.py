@@ -25,6 +25,11 @@ def load(file: str) -> Results:
     return results
 
 
+def kept(file: str) -> str | None:
+    """The file of results, or None if it was not measured yet."""
+    return file if (RESULTS / f"{file}.json").exists() else None
+
+
 def machine(results: Results) -> str:
     """The machine of a row, as the page writes it."""
     found = results["machine"]
@@ -453,8 +458,33 @@ def _modulation(part: str) -> Callable[[Results], str]:
     return lambda r: f"{r[part]['ratio']:.3f} (elsewhere {r[part]['control_ratio']:.3f})"
 
 
+def _once_measured(text: Callable[[Results], str]) -> Callable[[Results], str]:
+    return lambda r: text(r) if r else "not measured yet"
+
+
 def _twins(mixer: str) -> Callable[[Results], str]:
-    return lambda r: spread((run["ratio"] for run in r["twins"] if run["mixer"] == mixer), ".3f")
+    return _once_measured(
+        lambda r: spread(
+            (run["ratios"]["special"] for run in r["runs"] if run["mixer"] == mixer), ".3f"
+        )
+    )
+
+
+def _fall_and_loss(r: Results) -> str:
+    ranks = r["correlations"]["special"]
+    return f"{ranks['recall']:.2f} and {ranks['perplexity']:.2f}"
+
+
+def _hybrids(place: int | None) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        runs = [run for run in r["runs"] if run["place"] == place]
+        accuracy = spread((run["accuracy"] for run in runs), ".3f")
+        if place is None:
+            return accuracy
+        sizes = spread((run["ess"][place - 1] for run in runs), ".1f")
+        return f"{accuracy} (ESS of attention {sizes})"
+
+    return _once_measured(text)
 
 
 def _ranks(values: list[float]) -> list[float]:
@@ -793,8 +823,11 @@ FIGURES: dict[str, list[Row]] = {
     "Memory at delimiters": [
         ("state_modulation", _modulation("documents")),
         ("state_modulation", _modulation("sentences")),
-        ("state_modulation_twins", _twins("softmax_attention")),
-        ("state_modulation_twins", _twins("gated_linear_attention")),
+        *((kept("state_modulation_twins"), _twins(mixer)) for mixer in ("SA", "GLA", "WLA", "LA")),
+        (kept("state_modulation_twins"), _once_measured(_fall_and_loss)),
+    ],
+    "Attention's place in a hybrid": [
+        (kept("hybrid_topology"), _hybrids(place)) for place in (1, 2, 3, 4, None)
     ],
     "Memory and recall": [
         ("ess_effects_recall", _recall("ess")),

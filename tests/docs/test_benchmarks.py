@@ -11,7 +11,7 @@ from benchmarks import _published_page as published
 from benchmarks import ecosystem, serving
 from benchmarks._coverage_page import fill, summary
 from benchmarks._pages import fill_marks
-from tests.docs.benchmark_figures import FIGURES, load, machine
+from tests.docs.benchmark_figures import FIGURES, kept, load, machine
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/results/benchmarks.md").read_text(encoding="utf-8")
@@ -82,6 +82,28 @@ def test_the_page_on_planning_has_the_tables_of_the_results() -> None:
     page = (ROOT / "docs/results/planning.md").read_text(encoding="utf-8")
     for table in tables(load("planning")).split("\n\n")[1:]:
         assert table in page
+
+
+@pytest.mark.parametrize(
+    ("file", "marks"),
+    [
+        ("state_modulation", ("modulation", "perplexities", "correlations")),
+        ("hybrid_topology", ("topology",)),
+    ],
+)
+def test_pages_with_marks_have_the_tables_of_the_results(file: str, marks: tuple[str, ...]) -> None:
+    pytest.importorskip("transformers")
+    from benchmarks import hybrid_topology, state_modulation
+
+    found = kept("state_modulation_twins" if file == "state_modulation" else file)
+    blocks = dict.fromkeys(marks, "Not measured yet.")
+    if found and file == "state_modulation":
+        blocks = state_modulation.tables(load(found))
+        assert load(found)["correlations"] == state_modulation.correlations(load(found)["runs"])
+    elif found:
+        blocks = {"topology": hybrid_topology.topology_table(load(found)["runs"])}
+    page = (ROOT / f"docs/results/{file}.md").read_text(encoding="utf-8")
+    assert fill_marks(page, blocks) == page
 
 
 def test_headline_figures_are_those_of_the_results() -> None:
