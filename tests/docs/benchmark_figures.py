@@ -72,8 +72,9 @@ def _closer(r: Results) -> str:
     return f"{r['share_with_smaller_error'] * r['filters']:.0f} of {r['filters']}"
 
 
-def _descents(form: str, steps: int) -> Callable[[Results], str]:
+def _descents(form: str, steps: int, rate: float = 3e-3) -> Callable[[Results], str]:
     """The mean relative errors of descents in a form, by order, or "not run"."""
+    wanted = form, steps, rate
 
     def text(r: Results) -> str:
         errors = []
@@ -81,7 +82,8 @@ def _descents(form: str, steps: int) -> Callable[[Results], str]:
             found = [
                 run["mean relative error"]
                 for run in r["descents"]
-                if (run["form"], run["order"], run["steps"]) == (form, order, steps)
+                if (run["form"], run["steps"], run["learning rate"]) == wanted
+                and run["order"] == order
             ]
             errors.append(f"{found[0]:.1e}".replace("e-0", "e-") if found else "not run")
         return ", ".join(errors)
@@ -229,9 +231,17 @@ def _online(side: str) -> Callable[[Results], str]:
     return lambda r: f"{r['ratio_to_online'][side]:.0f} times faster"
 
 
-def _future_fill(r: Results) -> str:
-    ratios = (f"{case['ratio']:.1f}" for case in r["future_fill"].values())
-    return f"{', '.join(ratios)} times faster"
+def _future_fill(key: str) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        ratios = (f"{case[key]:.1f}" for case in r["future_fill"].values())
+        return f"{', '.join(ratios)} times as fast"
+
+    return text
+
+
+def _held(r: Results) -> str:
+    cases = [case["bytes"] for case in r["future_fill"].values()]
+    return ", ".join(f"{held['online'] / held['FutureFill']:.1f}" for held in cases)
 
 
 def _forms(r: Results) -> str:
@@ -668,6 +678,8 @@ FIGURES: dict[str, list[Row]] = {
     ],
     "Gradient distillation": [
         ("gradient_distillation", _reduced),
+        ("gradient_distillation", _descents("modal", 200_000, 1e-4)),
+        ("gradient_distillation", _descents("rational", 200_000, 1e-4)),
         ("gradient_distillation", _descents("modal", 20_000)),
         ("gradient_distillation", _descents("rational", 20_000)),
         ("gradient_distillation", _descents("rational, stable", 20_000)),
@@ -725,7 +737,9 @@ FIGURES: dict[str, list[Row]] = {
     "Online convolution": [
         ("online_convolution", _online("FFT recomputation")),
         ("online_convolution", _online("dot product")),
-        ("online_convolution", _future_fill),
+        ("online_convolution", _future_fill("ratio")),
+        ("online_convolution", _future_fill("ratio_of_dot_product")),
+        ("online_convolution", _held),
     ],
     "Quality against order": [
         ("distillation_order", _order(4)),
