@@ -839,7 +839,7 @@ FIGURES: dict[str, list[Row]] = {
     ],
     "Fitted recurrences": [
         ("fitted_recurrences", _fit_errors),
-        ("fitted_recurrences", _fitted("own", ("window", "both"))),
+        ("fitted_recurrences", _fitted("own", ("window", "both", "short window"))),
     ],
     "Genomes": [
         ("genomes", _genomes(model, job))
