@@ -235,7 +235,7 @@ class HybridPlan:
             The bytes of the model, and of the hybrid, whose replaced heads store what they see,
             and the states of their recurrences.
         """
-        seen = min(tokens, self.window + self.sinks)
+        seen = min(tokens, self.replacement.tokens)
         before = sum(layer.token_bytes for layer in self.layers) * tokens
         saved = sum(layer.token_bytes * len(layer.replaced) // layer.heads for layer in self.layers)
         states = sum(

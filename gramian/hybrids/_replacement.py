@@ -89,6 +89,11 @@ class Replacement(abc.ABC):
         self.state = state
         self.parameters = parameters
 
+    @property
+    def tokens(self) -> int:
+        """The number of tokens whose keys and values are stored."""
+        return self.window + self.sinks
+
     @abc.abstractmethod
     def applied(
         self, model: nn.Module, heads: Mapping[str, Sequence[int] | None]

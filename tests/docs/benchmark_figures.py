@@ -592,6 +592,33 @@ def _hybrid(part: str, size: int) -> Callable[[Results], str]:
     return text
 
 
+def _fitted(criterion: str, forms: tuple[str, ...]) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        whole = r["tried"]["whole"]["losses"]
+
+        def increase(form: str) -> float:
+            one = r["tried"][f"{form} 10 {criterion} 0"]
+            each = [
+                (a - b) / n for a, b, n in zip(one["losses"], whole, one["counts"], strict=True)
+            ]
+            return sum(each) / len(each)
+
+        return ", ".join(f"{increase(form):+.3f}" for form in forms)
+
+    return text
+
+
+def _fit_errors(r: Results) -> str:
+    def error(layer: Results, errors: list[float]) -> float:
+        lost = math.hypot(*(a * b for a, b in zip(errors, layer["norms"], strict=True)))
+        return lost / math.hypot(*layer["norms"])
+
+    layers = r["plan"]["layers"]
+    window = [error(layer, layer["output_errors"]) for layer in layers]
+    fits = [error(layer, r["fits"]["both"]["errors"][layer["name"]]) for layer in layers]
+    return f"{sum(window) / len(window):.2f}, {sum(fits) / len(fits):.2f}"
+
+
 def _genomes(model: str, job: str) -> Callable[[Results], str]:
     def text(r: Results) -> str:
         peaks = [
@@ -862,6 +889,10 @@ FIGURES: dict[str, list[Row]] = {
         ("planning", _hybrid("layers", 10)),
         ("planning", _hybrid("heads", 45)),
         ("planning", _hybrid("recurrences", 10)),
+    ],
+    "Fitted recurrences": [
+        ("fitted_recurrences", _fit_errors),
+        ("fitted_recurrences", _fitted("own", ("window", "both", "short window"))),
     ],
     "Genomes": [
         ("genomes", _genomes(model, job))

@@ -77,10 +77,13 @@ def test_the_tables_of_the_page_on_tools_and_of_the_guide_to_serving_are_made_fr
 
 def test_the_page_on_planning_has_the_tables_of_the_results() -> None:
     pytest.importorskip("transformers")
+    from benchmarks.fitted_recurrences import tables as fitted_tables
     from benchmarks.planning import tables
 
     page = (ROOT / "docs/results/planning.md").read_text(encoding="utf-8")
     for table in tables(load("planning")).split("\n\n")[1:]:
+        assert table in page
+    for table in fitted_tables(load("fitted_recurrences")).split("\n\n")[1:]:
         assert table in page
 
 
