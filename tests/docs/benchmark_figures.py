@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks._trained_filters_page import percent
+
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 
 Results = dict[str, Any]
@@ -261,6 +263,22 @@ def _order(order: int) -> Callable[[Results], str]:
     def text(r: Results) -> str:
         (row,) = [row for row in r["orders"] if row["order"] == order]
         return f"{row['increase']:+.3%} (filters' error {row['relative error']['mean']:.2f})"
+
+    return text
+
+
+def _kept_taps(taps: int) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        (row,) = [row for row in r["summary"]["taps"] if row["taps"] == taps]
+        return percent(row["increase"])
+
+    return text
+
+
+def _needed_order(order: int, way: str = "unweighted") -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        (row,) = [row for row in r["summary"]["orders"] if row["order"] == order]
+        return percent(row[way]["increase"])
 
     return text
 
@@ -772,6 +790,15 @@ FIGURES: dict[str, list[Row]] = {
         ("distillation_order", _order(4)),
         ("distillation_order", _order(16)),
         ("distillation_order", _order(64)),
+    ],
+    "Order against loss": [
+        ("trained_filters", _kept_taps(8)),
+        ("trained_filters", _needed_order(1)),
+        ("trained_filters", _needed_order(2)),
+        ("trained_filters", _needed_order(2, "by text")),
+        ("trained_filters", _needed_order(4)),
+        ("trained_filters", _needed_order(16)),
+        ("trained_filters", _needed_order(64)),
     ],
     "Trained to be small": [
         ("hankel_training", _penalized(0)),

@@ -11,6 +11,7 @@ from benchmarks import _published_page as published
 from benchmarks import ecosystem, serving
 from benchmarks._coverage_page import fill, summary
 from benchmarks._pages import fill_marks
+from benchmarks._trained_filters_page import blocks as order_tables
 from tests.docs.benchmark_figures import FIGURES, kept, load, machine
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,11 @@ def test_the_tables_of_the_page_on_tools_and_of_the_guide_to_serving_are_made_fr
     guide = (ROOT / "docs/guides/serve.md").read_text(encoding="utf-8")
     table = serving.serving_table(load("serving")["rows"])
     assert fill_marks(guide, {"serving": table}) == guide
+
+
+def test_the_page_on_distillation_is_made_from_the_results() -> None:
+    page = (ROOT / "docs/results/distillation.md").read_text(encoding="utf-8")
+    assert fill_marks(page, order_tables(load("trained_filters"))) == page
 
 
 def test_the_page_on_planning_has_the_tables_of_the_results() -> None:
