@@ -205,6 +205,37 @@ class Kind(ABC):
         The first metric is the loss. It is undefined if no row has a label to score.
         """
 
+    def check_teaching(self, temperature: float) -> None:
+        """Check that a model can learn such a task from a teacher's logits, by `divergence`.
+
+        Args:
+            temperature: temperature of the divergence, above 0.
+
+        Raises:
+            ValueError: if it cannot. The caller puts "the task NAME" before the message.
+        """
+        raise ValueError(f"is of the kind {self.name!r}, which has no divergence from a teacher.")
+
+    def divergence(
+        self, logits: Tensor, targets: Tensor, labels: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """Return how far the logits of a model are from those of its teacher.
+
+        Args:
+            logits: logits of the model.
+            targets: logits of the teacher, of the same shape.
+            labels: labels of the batch. Only logits that have a label count.
+            temperature: temperature of both distributions, above 0.
+
+        Returns:
+            The sum of the divergences over the labels, a number with gradients.
+
+        Raises:
+            ValueError: if `check_teaching` raises one.
+        """
+        self.check_teaching(temperature)
+        raise NotImplementedError(f"the kind {self.name!r} must define its divergence.")
+
     @abstractmethod
     def show(self, logits: Tensor, labels: Tensor, length: int) -> dict[str, Any]:
         """Return the targets and the predictions of one row as plain values.
@@ -288,6 +319,34 @@ class ClassLabels(Kind):
             metrics.append(Metric("bits_per_byte", losses, due, False, unit=math.log(2)))
         return metrics
 
+    def check_teaching(self, temperature: float) -> None:
+        """Accept every temperature, because logits of classes are distributions."""
+
+    def divergence(
+        self, logits: Tensor, targets: Tensor, labels: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """Return `T² Σ KL(p ‖ q)`, in nats (Hinton, Vinyals and Dean, arXiv 1503.02531).
+
+        At each label, p and q are the distributions of the teacher and of the model at the
+        temperature T. The factor T² keeps the size of the gradients.
+
+        Args:
+            logits: (…, classes) logits of the model.
+            targets: (…, classes) logits of the teacher.
+            labels: (…) classes. Where a label is -100, the logits do not count.
+            temperature: T, above 0.
+
+        Returns:
+            The sum, a number in at least single precision.
+        """
+        due = labels != IGNORED
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        q, p = (
+            nn.functional.log_softmax(one[due].to(wide) / temperature, dim=-1)
+            for one in (logits, targets)
+        )
+        return temperature**2 * nn.functional.kl_div(q, p, reduction="sum", log_target=True)
+
     def show(self, logits: Tensor, labels: Tensor, length: int) -> dict[str, Any]:
         predicted = logits.argmax(-1)
         if labels.ndim:
@@ -353,6 +412,31 @@ class NumberLabels(Kind):
         if np.any(energies):
             metrics.append(Metric("relative_error", errors, energies, False, root=True))
         return metrics
+
+    def check_teaching(self, temperature: float) -> None:
+        if temperature != 1:
+            raise ValueError(
+                "has numbers for labels, which have no temperature other than 1; got "
+                f"{temperature:g}."
+            )
+
+    def divergence(
+        self, logits: Tensor, targets: Tensor, labels: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """Return the sum of the squared differences from the teacher's numbers.
+
+        Args:
+            logits: numbers that the model predicts.
+            targets: numbers that the teacher predicts, of the same shape.
+            labels: labels, of the same shape. Where a label is -100, the numbers do not count.
+            temperature: 1, because numbers are no distribution.
+
+        Raises:
+            ValueError: if the temperature is not 1.
+        """
+        self.check_teaching(temperature)
+        errors = logits.to(torch.promote_types(logits.dtype, torch.float32)) - targets
+        return torch.where(labels != IGNORED, errors, 0).square().sum()
 
     def show(self, logits: Tensor, labels: Tensor, length: int) -> dict[str, Any]:
         shown = slice(-length, None) if self.per_position else slice(None)

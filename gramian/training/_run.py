@@ -39,7 +39,7 @@ from gramian.memory.truncation import mode_filters
 from gramian.models import GramianConfig, write_card
 from gramian.models.adapters import tokenizer_folder
 from gramian.models.labels import LabelError
-from gramian.tasks import Description, Task, find_kind
+from gramian.tasks import Description, Kind, Task, find_kind
 from gramian.tasks.encoding import load_tokenizer
 from gramian.tasks.kinds import higher_is_better
 from gramian.training.arguments import count_steps, make_arguments
@@ -69,6 +69,7 @@ from gramian.training.starting import (
     name_labels,
     saved_names,
 )
+from gramian.training.teaching import load_teaching
 from gramian.training.trainer import Goal, GramianTrainer, Patience, complete_checkpoints
 
 __all__ = ["TrainingReport", "check", "earlier_report", "train"]
@@ -143,6 +144,7 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
     arguments = make_arguments(config, model, count_steps(config, data), bar=progress is True)
     _check_one_process(config, arguments)
     losses, packer = _losses(model, config), _packer(config, description)
+    teaching = load_teaching(config, model, description)
 
     with arguments.main_process_first(local=False):
         report = _prepare(folder, config, arguments)
@@ -158,6 +160,7 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
             folder,
             tokenizer=_tokenizer(config, task),
             losses=losses,
+            teaching=teaching,
             packer=packer,
             truncation=config.regularization.truncation,
             decay_all=config.optimization.decay_all,
@@ -241,6 +244,7 @@ def check(config: TrainingConfig) -> None:
         _check_truncation(model, config)
         _losses(model, config)
     _packer(config, task.description())
+    load_teaching(config, model, task.description())
     for split in ("train", config.evaluation.split):
         try:
             first = next(iter(task.checked_rows(split, config.seed)), None)
@@ -270,9 +274,11 @@ def _task(config: TrainingConfig) -> Task:
     settings.pop("streaming", None)
     try:
         task = tasks.build(name, setting, **settings)
-        tokenizer = _tokenizer_of_model(config)
+        tokenizer = _saved_tokenizer(config)
         if tokenizer is not None:
             task = task.tokens_of(tokenizer)
+    except ConfigError:
+        raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"task: {error}") from error
     if config.evaluation.split not in task.splits:
@@ -282,7 +288,7 @@ def _task(config: TrainingConfig) -> Task:
         kind = find_kind(description.kind)
     except ValueError as error:
         raise ConfigError(f"task {name}: {error}") from error
-    names = saved_names(config.model.get("path"), kind)
+    names = _names(config, kind, description)
     if names is not None:
         try:
             task = task.with_classes(names)
@@ -301,16 +307,48 @@ def _task(config: TrainingConfig) -> Task:
     return task
 
 
+def _names(config: TrainingConfig, kind: Kind, description: Description) -> list[str] | None:
+    """Return the names of the labels of the initial model or else of the teacher, if they have any.
+
+    Raises:
+        ConfigError: if both have names, and these differ.
+    """
+    own = saved_names(config.model.get("path"), kind)
+    taught = None if description.num_labels is None else saved_names(config.teacher.path, kind)
+    if own is not None and taught is not None and own != taught:
+        raise ConfigError(
+            f"teacher.path must hold a model with the labels of model.path, {own}; it has {taught}."
+        )
+    return taught if own is None else own
+
+
 def _tokenizer(config: TrainingConfig, task: Task) -> Any:
-    """Return the tokenizer to save with the model: the task's or else the initial model's."""
+    """Return the tokenizer to save with the model: the task's or else that of a saved model."""
     own = task.own_tokenizer()
-    return _tokenizer_of_model(config) if own is None else own
+    return _saved_tokenizer(config) if own is None else own
 
 
-def _tokenizer_of_model(config: TrainingConfig) -> Any:
-    """Load the tokenizer of the saved model from which training starts, if it has one."""
-    folder = tokenizer_folder(Path(config.model.get("path") or ""))
-    if "path" in config.model and (folder / "tokenizer_config.json").is_file():
+def _saved_tokenizer(config: TrainingConfig) -> Any:
+    """Load the tokenizer of the initial model, or else of the teacher, if it has one.
+
+    Raises:
+        ConfigError: if both have one, and these have other tokens.
+    """
+    own, taught = _tokenizer_in(config.model.get("path")), _tokenizer_in(config.teacher.path)
+    if own is not None and taught is not None and own.get_vocab() != taught.get_vocab():
+        raise ConfigError(
+            "teacher.path must hold a model with the tokens of model.path; those of its tokenizer "
+            "differ."
+        )
+    return taught if own is None else own
+
+
+def _tokenizer_in(path: str | None) -> Any:
+    """Load the tokenizer of a saved model, or return None if there is no model or tokenizer."""
+    if path is None:
+        return None
+    folder = tokenizer_folder(Path(path))
+    if (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(str(folder))
     return None
 
@@ -531,6 +569,8 @@ def _write_cards(
     base = config.model.get("path")
     if base is not None:
         about += f" Training started from `{Path(base).resolve().name}`."
+    if config.teacher.path is not None:
+        about += f" Its teacher was `{Path(config.teacher.path).resolve().name}`."
     last = {**report.metrics, "step": report.steps}
     for name, values in (("best", report.best), ("last", last)):
         lines = (f"{key}: {value:.6g}" for key, value in values.items())

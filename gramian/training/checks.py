@@ -21,6 +21,7 @@ from gramian.training.sections import (
     Logging,
     Optimization,
     Regularization,
+    Teacher,
 )
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "check_hardware",
     "check_optimization",
     "check_regularization",
+    "check_teacher",
 ]
 
 
@@ -49,6 +51,16 @@ def check_optimization(section: Optimization) -> None:
     if len(section.betas) != 2 or not all(0 <= beta < 1 for beta in section.betas):
         raise ConfigError(f"optimization.betas must be two numbers in [0, 1); got {section.betas}.")
     _check_choice(where, section, "schedule", SCHEDULES)
+
+
+def check_teacher(section: Teacher) -> None:
+    """Check the section `teacher`."""
+    if not 0 <= section.weight <= 1:
+        raise ConfigError(f"teacher.weight must lie from 0 to 1; got {section.weight}.")
+    if not 0 < section.temperature < float("inf"):
+        raise ConfigError(
+            f"teacher.temperature must be above 0 and finite; got {section.temperature}."
+        )
 
 
 def check_regularization(section: Regularization) -> None:

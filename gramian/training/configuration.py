@@ -24,6 +24,7 @@ from gramian.training.checks import (
     check_hardware,
     check_optimization,
     check_regularization,
+    check_teacher,
 )
 from gramian.training.keys import Key, list_keys, setting
 from gramian.training.sections import (
@@ -36,6 +37,7 @@ from gramian.training.sections import (
     Regularization,
     StatePenalty,
     StateSizes,
+    Teacher,
 )
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "Regularization",
     "StatePenalty",
     "StateSizes",
+    "Teacher",
     "TrainingConfig",
     "add_imports",
     "load_config",
@@ -98,6 +101,7 @@ class TrainingConfig:
     )
     seed: int = setting("seed of data, initial weights and everything else that is random.", 0)
     optimization: Optimization = field(default_factory=Optimization)
+    teacher: Teacher = field(default_factory=Teacher)
     regularization: Regularization = field(default_factory=Regularization)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
@@ -293,6 +297,7 @@ def _check(config: TrainingConfig) -> None:
             f"imports must be modules whose files have names of their own; got {config.imports}."
         )
     check_optimization(config.optimization)
+    check_teacher(config.teacher)
     check_regularization(config.regularization)
     check_evaluation(config.evaluation)
     check_checkpoints(config.checkpoints, config.logging)

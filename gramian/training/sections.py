@@ -18,6 +18,7 @@ __all__ = [
     "Regularization",
     "StatePenalty",
     "StateSizes",
+    "Teacher",
 ]
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -84,6 +85,31 @@ class Optimization:
     clip_norm: float = setting(
         "largest norm of the gradient; a gradient of larger norm is scaled down. 0 turns this off.",
         1.0,
+    )
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Settings of knowledge distillation: the model learns the outputs of a trained one.
+
+    If labels are classes, the divergence is `T² KL(teacher ‖ model)` at the temperature T (Hinton,
+    Vinyals and Dean, arXiv 1503.02531). If they are numbers, it is the squared difference. It is
+    computed where there are labels, like the task's loss, and logged as `divergence`.
+    """
+
+    path: str | None = setting(
+        "folder of the teacher, a saved model with as many outputs as the model; None trains on "
+        "the labels alone. For tasks whose answers are tokens, it may be a causal language model "
+        "of transformers.",
+        None,
+    )
+    weight: float = setting(
+        "weight of the divergence from the teacher, from 0 to 1; the loss on the labels has the "
+        "rest.",
+        1.0,
+    )
+    temperature: float = setting(
+        "temperature T of the distributions of both models, above 0; for classes only.", 1.0
     )
 
 

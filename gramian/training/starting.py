@@ -27,6 +27,7 @@ __all__ = [
     "adapt",
     "base_of",
     "check_adapter",
+    "check_fit",
     "load_saved",
     "name_labels",
     "save_description",
@@ -103,32 +104,50 @@ def load_saved(path: str, kind: Kind, description: Description) -> tuple[Any, li
     for name, value in options.items():
         if getattr(model.config, name, None) is None:
             setattr(model.config, name, value)
-    _check_fit(model, path, kind, description)
+    check_fit(model, "model.path", path, kind, description)
     return model, new
 
 
-def _check_fit(model: Any, path: str, kind: Kind, description: Description) -> None:
+def check_fit(model: Any, key: str, path: str, kind: Kind, description: Description) -> None:
+    """Check that a saved model fits a task.
+
+    Args:
+        model: the model.
+        key: key of the configuration that names it, for the message of an error.
+        path: folder of the model.
+        kind: kind of the task.
+        description: description of the task.
+
+    Raises:
+        ConfigError: if the model is of another class, or has other inputs or labels.
+    """
     config = model.config
+    wanted = kind.model_class()
+    if not isinstance(model, wanted):
+        raise ConfigError(
+            f"{key} must hold a {wanted.__name__} for this task; {path} holds a "
+            f"{type(model).__name__}."
+        )
     if not kind.accepts_model(model):
         raise ConfigError(
-            f"model.path must hold a model for tasks of the kind {description.kind!r}; {path} has "
+            f"{key} must hold a model for tasks of the kind {description.kind!r}; {path} has "
             f"the problem_type {config.problem_type!r}."
         )
     if config.input_size != description.input_size:
         raise ConfigError(
-            f"model.path must hold a model of the task's input_size, {description.input_size}; "
+            f"{key} must hold a model of the task's input_size, {description.input_size}; "
             f"{path} has {config.input_size}."
         )
     if description.vocab_size is not None and config.vocab_size < description.vocab_size:
         raise ConfigError(
-            f"model.path must hold a model of at least the task's {description.vocab_size} tokens; "
+            f"{key} must hold a model of at least the task's {description.vocab_size} tokens; "
             f"{path} has {config.vocab_size}."
         )
     if description.num_labels is not None:
         try:
             kind.check_size(config.num_labels, description)
         except ValueError as error:
-            raise ConfigError(f"model.path: the task {error}") from error
+            raise ConfigError(f"{key}: the task {error}") from error
 
 
 def saved_names(path: str | None, kind: Kind) -> list[str] | None:

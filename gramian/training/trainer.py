@@ -30,6 +30,7 @@ from gramian.tasks.kinds import higher_is_better
 from gramian.training.collation import Packer
 from gramian.training.configuration import ConfigError
 from gramian.training.starting import base_of, save_description
+from gramian.training.teaching import Teaching
 
 __all__ = ["DivergedError", "Goal", "GramianTrainer", "Patience", "complete_checkpoints"]
 
@@ -111,6 +112,7 @@ class GramianTrainer(Trainer):
         folder: folder of the run.
         tokenizer: tokenizer to save beside the best model, or None.
         losses: losses on the model's memory, which are added to the task's loss; None adds none.
+        teaching: the teacher whose outputs the model learns; None learns from the labels alone.
         packer: collator that packs training batches; None uses `data_collator` for them too.
         truncation: share of every kernel's energy that is dropped before evaluations in training,
             by `gramian.memory.truncate_modes`; 0 drops nothing.
@@ -126,6 +128,7 @@ class GramianTrainer(Trainer):
         folder: Path,
         tokenizer: Any = None,
         losses: MemoryLosses | None = None,
+        teaching: Teaching | None = None,
         packer: Packer | None = None,
         truncation: float = 0.0,
         decay_all: bool = False,
@@ -144,6 +147,9 @@ class GramianTrainer(Trainer):
         self.folder = folder
         self.tokenizer = tokenizer
         self.losses = losses
+        self.teaching = teaching
+        if teaching is not None:
+            teaching.to(self.args.device)
         self.packer = packer
         self.truncation = truncation
         self.decay_all = decay_all
@@ -199,7 +205,7 @@ class GramianTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """Compute transformers' loss and, in training, add the losses on memory.
+        """Compute transformers' loss; in training, learn from the teacher and add losses on memory.
 
         In training, logits are computed at the labelled positions only, if that saves work.
         """
@@ -210,14 +216,39 @@ class GramianTrainer(Trainer):
         elif model.training:
             inputs = self.kind.select_due(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        items = kwargs.get("num_items_in_batch")
+        if self.teaching is not None and model.training:
+            loss = self._taught(self.teaching, loss, outputs.logits, inputs, items)
         if self.losses is not None and model.training:
             more, values = self.losses()
             # A loss that is summed over micro-batches is not divided by their number.
-            summed = kwargs.get("num_items_in_batch") is not None
-            loss = loss + more / (self.current_gradient_accumulation_steps if summed else 1)
+            parts = 1 if items is None else self.current_gradient_accumulation_steps
+            loss = loss + more / parts
             for name, value in values.items():
                 self.logged.setdefault(name, []).append(value)
         return (loss, outputs) if return_outputs else loss
+
+    def _taught(
+        self, teaching: Teaching, loss: Tensor, logits: Tensor, inputs: Any, items: Any
+    ) -> Tensor:
+        """Return the weighted mean of the loss on the labels and the divergence from the teacher.
+
+        Args:
+            teaching: the teacher and the weights.
+            loss: loss on the labels.
+            logits: logits of the model.
+            inputs: the micro-batch.
+            items: number of labels in the whole batch, by which sums over the micro-batch are
+                divided; None divides by the number in the micro-batch.
+        """
+        total, count = teaching.divergence(logits, inputs)
+        mean = total / count.clamp_min(1)
+        self.logged.setdefault("divergence", []).append(mean.item())
+        if items is not None:
+            # Gradients are averaged over the processes, and `items` counts the labels of all.
+            everywhere = self.args.average_tokens_across_devices
+            mean = total / items * (self.accelerator.num_processes if everywhere else 1)
+        return torch.lerp(loss, mean.to(loss.dtype), teaching.weight)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as transformers does, and add to training entries the mean losses on memory.

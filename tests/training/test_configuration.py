@@ -83,7 +83,7 @@ def test_every_key_is_listed_with_its_default_and_meaning(file: Path) -> None:
 
     def leaves(values: dict[str, Any], depth: int = 0) -> int:
         deeper = {"optimization", "regularization", "evaluation", "ess"}
-        deeper |= {"checkpoints", "logging", "hardware"}
+        deeper |= {"teacher", "checkpoints", "logging", "hardware"}
         return sum(leaves(v, depth + 1) if k in deeper else 1 for k, v in values.items())
 
     assert len(listed) == leaves(config)

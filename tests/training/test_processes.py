@@ -69,9 +69,13 @@ def start(config: Path, *command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_processes_train_one_model_and_survive_a_kill(tmp_path: Path, rank: int) -> None:
     """The default device, without an accelerator: the figures of one process, and one folder."""
-    train(parse_config(mqar(tmp_path / "one")))
+    sections: dict[str, Any] = {}
+    if rank:  # one of the two runs has a teacher
+        train(parse_config(mqar(tmp_path / "teacher", steps=1) | {"seed": 7}))
+        sections["teacher"] = {"path": str(tmp_path / "teacher" / "last"), "weight": 0.5}
+    train(parse_config(mqar(tmp_path / "one") | sections))
     folder, config = tmp_path / "two", tmp_path / "two.yaml"
-    config.write_text(yaml.safe_dump(mqar(folder)))
+    config.write_text(yaml.safe_dump(mqar(folder) | sections))
     program = tmp_path / "killing.py"
     program.write_text(
         "import os, signal\n"
