@@ -92,9 +92,12 @@ def model_of(setting: Setting) -> GramianForCausalLM:
         intermediate_size=WIDTH,
         tie_word_embeddings=False,
         max_position_embeddings=LENGTH,
+        initializer_range=WIDTH**-0.5,
         use_cache=False,
     )
-    return GramianForCausalLM(config)
+    model = GramianForCausalLM(config)
+    nn.init.normal_(model.get_input_embeddings().weight)
+    return model
 
 
 def tokens(random: np.random.Generator, count: int, fewest: int) -> tuple[Tensor, Tensor]:

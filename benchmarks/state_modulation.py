@@ -324,6 +324,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     }
     if results["smollm2"] is not None:
         groups["SmolLM2-135M"] = [results["smollm2"]]
+    names = [name.replace("|", r"\|") for name in KINDS.values()]  # in cells of tables
     ratios = [
         [
             name,
@@ -337,7 +338,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     ]
     ranks = [
         [name, *("–" if row[key] is None else f"{row[key]:.2f}" for key in PERPLEXITIES)]
-        for name, row in zip(KINDS.values(), results["correlations"].values(), strict=True)
+        for name, row in zip(names, results["correlations"].values(), strict=True)
     ]
     first = results["runs"][0]
     seeds = len({run["seed"] for run in results["runs"]})
@@ -354,7 +355,7 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
         "modulation": "\n\n".join(
             [
                 about,
-                table(["model", "average ESS", *KINDS.values(), "elsewhere"], ratios),
+                table(["model", "average ESS", *names, "elsewhere"], ratios),
                 order_of(results["runs"]),
                 "![ESS after delimiters, and its fall against bigram-recall perplexity]"
                 "(../figures/state_modulation.png)",
@@ -376,7 +377,7 @@ def order_of(runs: Sequence[Run]) -> str:
     verdict = "This is the order" if order == paper else f"The order is {', '.join(paper)}"
     return (
         f"Relative to its neighbors, ESS after `{END}` is lowest in {order[0]}, then in "
-        f"{', '.join(order[1:])}. {verdict} in the paper."
+        f"{', '.join(order[1:])}.\n{verdict} in the paper."
     )
 
 
@@ -397,7 +398,7 @@ def figure_of(runs: Sequence[Run]) -> "Figure":
         right.plot([run["recall"] for run in some], fall, "o", color=COLORS[name], ms=5)
     left.axhline(1, color="black", linewidth=0.8, linestyle=":")
     left.set_xticks(range(len(KINDS)), [name.replace("`", "") for name in KINDS.values()])
-    left.legend(fontsize=8, frameon=False)
+    left.legend(fontsize=8, frameon=False, loc="lower right")
     for axes, title, x, y in (
         (left, "ESS after a delimiter", "", "ratio to its neighbors"),
         (right, f"Fall of ESS after {END}", "bigram-recall perplexity", "fall"),
@@ -413,11 +414,11 @@ def figure_of(runs: Sequence[Run]) -> "Figure":
 def compare_twins(arguments: argparse.Namespace) -> None:
     """Train and measure all twins and SmolLM2-135M, and write what was asked for."""
     quick = arguments.quick
-    windows = (2, 3) if quick else (MEASURED, EVALUATED)
+    windows = (4, 4) if quick else (MEASURED, EVALUATED)
     chosen = settings(2 if quick else arguments.steps, 1 if quick else arguments.seeds)
     folder = arguments.runs / "quick" if quick else arguments.runs
     runs = [measured_twin(setting, folder, windows) for setting in chosen]
-    other = measured_smollm2(folder, (1, 1) if quick else (SMOLLM2_MEASURED, SMOLLM2_EVALUATED))
+    other = None if quick else measured_smollm2(folder, (SMOLLM2_MEASURED, SMOLLM2_EVALUATED))
     results = {
         "steps": chosen[0].steps,
         "rare": RARE,
@@ -478,7 +479,11 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/state_modulation"))
     parser.add_argument("--document", type=Path, help="Page with marks for the twins' tables.")
     parser.add_argument("--figures", type=Path, help="Folder for the twins' figure.")
-    parser.add_argument("--quick", action="store_true", help="Train twins for two steps only.")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="Train twins for two steps only, and leave SmolLM2-135M out.",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.part != "smollm2":
