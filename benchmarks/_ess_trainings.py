@@ -275,8 +275,11 @@ def correlations(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
         row: dict[str, float] = {"runs": len(some)}
         for size in SIZES:
             ratio = [run[size] / run["pairs"] for run in some]
-            row[f"spearman_{size}"] = float(spearmanr(ratio, accuracy).statistic)
-            row[f"pearson_{size}"] = float(pearsonr(ratio, accuracy).statistic)
+            for name_of, function in (("spearman", spearmanr), ("pearson", pearsonr)):
+                known = len(set(ratio)) > 1 and len(set(accuracy)) > 1  # else it is undefined
+                row[f"{name_of}_{size}"] = (
+                    float(function(ratio, accuracy).statistic) if known else float("nan")
+                )
         found[name] = row
     return found
 
@@ -356,5 +359,6 @@ def benchmark(
         page = arguments.document.read_text(encoding="utf-8")
         arguments.document.write_text(fill_marks(page, tables), encoding="utf-8")
     if arguments.figures is not None:
+        arguments.figures.mkdir(parents=True, exist_ok=True)
         for title, figure in figures(runs).items():
             save_figure(figure, arguments.figures / f"{title}.png")

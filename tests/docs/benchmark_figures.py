@@ -577,6 +577,52 @@ def _lifted(mixer: str) -> Callable[[Results], str]:
     return text
 
 
+def _of(results: Results, **chosen: Any) -> list[dict[str, Any]]:
+    """The trainings with some settings."""
+    found = [r for r in results["runs"] if all(r[name] == value for name, value in chosen.items())]
+    assert found, chosen
+    return found
+
+
+def _average(results: Results, what: str, **chosen: Any) -> float:
+    found = [run[what] for run in _of(results, **chosen)]
+    return float(sum(found) / len(found))
+
+
+def _explained(task: str, size: str) -> Callable[[Results], str]:
+    return lambda r: _recall(size)({"runs": _of(r, task=task)})
+
+
+def _accuracy(**chosen: Any) -> Callable[[Results], str]:
+    return lambda r: f"{_average(r, 'accuracy', **chosen):.2f}"
+
+
+def _hard(mixer: str) -> Callable[[Results], str]:
+    """ESS and accuracy of a mixer without the regularizer, on many pairs."""
+
+    def text(r: Results) -> str:
+        chosen = {"label": mixer, "pairs": 15, "penalty": 0.0}
+        sizes = (_average(r, what, **chosen) for what in ("ess", "accuracy"))
+        return "ESS {:.1f}, accuracy {:.2f}".format(*sizes)
+
+    return text
+
+
+def _best(mixer: str) -> Callable[[Results], str]:
+    """The best mean accuracy over the regularizer's λ, with this λ."""
+
+    def text(r: Results) -> str:
+        penalties = {run["penalty"] for run in _of(r, label=mixer, pairs=15)} - {0.0}
+        means = {
+            penalty: _average(r, "accuracy", label=mixer, pairs=15, penalty=penalty)
+            for penalty in penalties
+        }
+        best = max(means, key=means.__getitem__)
+        return f"{means[best]:.2f} (λ = {best:g})"
+
+    return text
+
+
 def _rank_correlation(what: str) -> Callable[[Results], str]:
     return lambda r: f"{r['rank correlations']['4'][what]:.2f}"
 
@@ -906,6 +952,25 @@ FIGURES: dict[str, list[Row]] = {
         ("ess_effects_state", _growth("GLA-S6, c = n")),
         ("ess_effects_normalization", _normalized),
         ("ess_effects_regularizer", _lifted("GLA")),
+    ],
+    "Memory on three tasks": [
+        ("ess_tasks", _explained("copying", "ess")),
+        ("ess_tasks", _explained("copying", "tss")),
+        ("ess_tasks", _explained("compression", "ess")),
+        ("ess_tasks", _explained("compression", "tss")),
+    ],
+    "S6 and recall": [
+        ("ess_s6", _accuracy(label="S6", layers=1, rate=3e-3)),
+        ("ess_s6", _accuracy(label="S6", layers=1, rate=1e-2)),
+        ("ess_s6", _accuracy(label="GLA")),
+        ("ess_s6", _accuracy(label="GLA-S6, c = n")),
+    ],
+    "Memory in hard recall": [
+        ("ess_collapse", _hard("LA")),
+        ("ess_collapse", _hard("GLA")),
+        ("ess_collapse", _hard("WLA")),
+        ("ess_collapse", _best("GLA")),
+        ("ess_collapse", _best("WLA")),
     ],
     "Memory and distillation": [
         ("ess_distillation", _rank_correlation("error")),

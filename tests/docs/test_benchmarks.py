@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import _published_page as published
@@ -12,6 +14,7 @@ from benchmarks import ecosystem, serving
 from benchmarks._coverage_page import fill, summary
 from benchmarks._pages import fill_marks
 from benchmarks._trained_filters_page import blocks as order_tables
+from gramian.tasks import IGNORED
 from tests.docs.benchmark_figures import FIGURES, kept, load, machine
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +116,30 @@ def test_pages_with_marks_have_the_tables_of_the_results(file: str, marks: tuple
         blocks = {"topology": hybrid_topology.topology_table(load(found)["runs"])}
     page = (ROOT / f"docs/results/{file}.md").read_text(encoding="utf-8")
     assert fill_marks(page, blocks) == page
+
+
+@pytest.mark.parametrize("name", ["ess_tasks", "ess_s6", "ess_collapse"])
+def test_the_page_on_memory_in_use_has_the_tables_of_the_results(name: str) -> None:
+    pytest.importorskip("transformers")
+    module = importlib.import_module(f"benchmarks.{name}")
+    page = (ROOT / "docs/results/ess_effects.md").read_text(encoding="utf-8")
+    assert fill_marks(page, module.blocks(load(name)["runs"])) == page
+
+
+@pytest.mark.parametrize("task", ["recall", "copying", "compression"])
+@pytest.mark.parametrize("pairs", [4, 8])
+def test_small_trainings_draw_as_many_answers_as_there_are_items(task: str, pairs: int) -> None:
+    pytest.importorskip("transformers")
+    from benchmarks._ess_trainings import Setting, tokens
+
+    setting = Setting(task=task, mixer="LA", state=4, pairs=pairs, length=32, steps=0, seed=0)
+    x, y = tokens(setting, np.random.default_rng(0), 16, pairs)
+    assert x.shape == y.shape
+    assert ((y != IGNORED).sum(1) == pairs).all()
+    x, y = tokens(setting, np.random.default_rng(0), 64, 1)
+    counts = (y != IGNORED).sum(1)
+    assert counts.min() >= 1
+    assert counts.max() <= pairs
 
 
 def test_headline_figures_are_those_of_the_results() -> None:
