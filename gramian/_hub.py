@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gramian._extras import require
+
 __all__ = ["check_model_exists"]
 
 _TIMEOUT = 5.0  # seconds
@@ -21,9 +23,11 @@ def check_model_exists(name: str | Path) -> None:
 
     Raises:
         FileNotFoundError: if there is no such model, or if the Hub cannot be reached.
+        ImportError: if huggingface_hub is not installed.
     """
     if Path(name).exists():
         return
+    require("a model of the Hub", "models", "huggingface_hub")
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -361,6 +361,7 @@ class HybridPlan:
         Raises:
             ValueError: if the file ends in .safetensors, and the plan has parameters.
         """
+        require("a plan with parameters", "models", "safetensors")
         from safetensors.torch import save
 
         path = Path(path)
@@ -547,6 +548,7 @@ def _parameters(path: Path, values: Any) -> dict[str, Tensor]:
     Raises:
         ValueError: if their file is missing or cannot be read.
     """
+    require("a plan with parameters", "models", "safetensors")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

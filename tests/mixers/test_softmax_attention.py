@@ -185,6 +185,7 @@ def test_dropped_weights_keep_the_mean_in_training_only(masked: bool) -> None:
     assert_close(y[:, 1:], dropped.eval()(x, mask=mask)[:, 1:])
 
 
+@torch.no_grad()
 def test_it_is_the_attention_of_llama() -> None:
     """Separate projections concatenate; rotations follow the same convention."""
     torch.manual_seed(0)
