@@ -2,12 +2,14 @@
 #
 #   PYTHON     the interpreter that makes the environment              (default: python3)
 #   VENV       where the environment lives                             (default: .venv)
+#   LOWEST     where that of `make test-lowest` lives                  (default: .venv-lowest)
 #   PIP_FLAGS  more flags for pip, such as an index of CPU-only builds of torch
 #   ARGS       passed on: make demo ARGS="--steps 100", make test ARGS="-k reduction"
 #   WORKERS    processes that run the tests, each on one thread         (default: one a core)
 
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= $(VENV)-lowest
 PIP_FLAGS ?=
 ARGS ?=
 WORKERS ?= auto
@@ -22,7 +24,7 @@ PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all coverage lint bench docs wheel clean
+.PHONY: help demo test test-all test-lowest coverage lint bench docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +37,9 @@ test: $(VENV)/installed-dev ## the tests, but for the slow ones
 
 test-all: $(VENV)/installed-dev ## every test
 	$(BIN)/python $(PYTEST) $(ARGS)
+
+test-lowest: $(LOWEST)/installed ## the tests, with the lowest versions that pyproject.toml accepts
+	$(LOWEST)/bin/python $(PYTEST) -m "not slow" $(ARGS)
 
 coverage: $(VENV)/installed-dev ## the tests of `make test`, with the share of lines and branches that they run
 	rm -f .coverage .coverage.*
@@ -63,8 +68,21 @@ wheel: $(VENV)/installed ## a wheel, into dist/, installed by itself without ext
 	$(BIN)/python .ci/bare.py dist/gramian-*.whl
 
 clean: ## remove the environment and everything that tools left behind
-	rm -rf $(VENV) demo-output dist site .coverage .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) demo-output dist site .coverage .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The extras that the lowest torch is enough for; the tests of the others leave themselves out. uv finds
+# the lowest versions that fit together, among those of all indexes. The tools of the tests are new.
+LOWEST_EXTRAS := cli,evaluate,genomics,gguf,train
+$(LOWEST)/installed: $(REQUIREMENTS)
+	@echo "Installing gramian with the lowest versions into $(LOWEST)"
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check uv
+	@$(LOWEST)/bin/uv pip install -q --python $(LOWEST)/bin/python --resolution lowest-direct \
+		--index-strategy unsafe-best-match $(PIP_FLAGS) --editable ".[$(LOWEST_EXTRAS)]"
+	@$(LOWEST)/bin/python -m pip install -qq --disable-pip-version-check \
+		control pymor pytest pytest-xdist scipy
+	@touch $@
 
 # torch comes first, by itself, so that nothing else decides which build of it is taken.
 $(VENV)/torch: constraints.txt

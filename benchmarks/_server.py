@@ -55,7 +55,12 @@ class Server:
 
     def processor_seconds(self) -> float:
         """Return the processor time that the server has used."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{self.process.pid}/stat")
+            .read_text(encoding="utf-8")
+            .rpartition(")")[2]
+            .split()
+        )
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -103,5 +108,5 @@ def _wait(server: Server, log: Path) -> None:
             urllib.request.urlopen(server.url + "/health", timeout=5)
             return
         time.sleep(0.2)
-    lines = log.read_text(errors="replace").strip().splitlines()
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     raise RuntimeError(f"the server of {server.model} did not start: {(lines or [''])[-1]}")

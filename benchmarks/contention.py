@@ -210,7 +210,7 @@ def main() -> None:
     load_before = os.getloadavg()[0]
     found: dict[str, Any] = {}
     if arguments.output.exists():
-        found = json.loads(arguments.output.read_text())["cases"]
+        found = json.loads(arguments.output.read_text(encoding="utf-8"))["cases"]
     for case in arguments.cases:
         sides = SIDES if case.startswith("layer") else SIDES[:-1]
         for condition in arguments.conditions:

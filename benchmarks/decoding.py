@@ -292,7 +292,7 @@ def draw(axes: dict[str, Any], path: Path) -> None:
 
 def resident() -> int:
     """Return the bytes of resident memory in use now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * resource.getpagesize()
 
 
@@ -409,7 +409,7 @@ def read_prompt(length: int) -> None:
     )
     assert written.shape[1] == 33
     # ru_maxrss would be the parent's peak, if that is larger.
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024 / 2**30
     result = {"tokens": length, "seconds": seconds, "wall_seconds": on_the_wall}
     result |= {"peak_gib": peak, "chunk_size": 16_384}

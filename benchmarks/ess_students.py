@@ -33,19 +33,19 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks._report import write
-from benchmarks.ess_effects import (
+from benchmarks._ess_trainings import (
     EVALUATED,
     MEASURED,
     RATE,
     Setting,
     answers,
-    document,
-    markdown,
     model_of,
     spread,
     tokens,
 )
+from benchmarks._pages import fill_marks
+from benchmarks._pages import table as as_table
+from benchmarks._report import write
 from gramian import effective_state_size, parameter_groups
 from gramian._staging import staged_file
 from gramian.memory import Observer
@@ -296,7 +296,7 @@ def teacher_table(cells: Sequence[Cell]) -> str:
             ]
         )
     header = ["pairs", "accuracy", "ESS", "at its largest", "tolerance-ESS", "ESS / TSS"]
-    return markdown(header, lines)
+    return as_table(header, lines)
 
 
 def student_table(cells: Sequence[Cell]) -> str:
@@ -311,7 +311,7 @@ def student_table(cells: Sequence[Cell]) -> str:
     header = ["n"]
     for pairs in sorted(PAIRS):
         header += [f"KL, {pairs} pairs", "accuracy"]
-    return markdown(header, lines)
+    return as_table(header, lines)
 
 
 def correlation_table(cells: Sequence[Cell]) -> str:
@@ -320,7 +320,7 @@ def correlation_table(cells: Sequence[Cell]) -> str:
         [names.get(name, name), f"{row['divergence']:.2f}", f"{row['lost']:.2f}"]
         for name, row in correlations(cells).items()
     ]
-    return markdown(["n", "ρ(ESS, KL)", "ρ(ESS, lost accuracy)"], lines)
+    return as_table(["n", "ρ(ESS, KL)", "ρ(ESS, lost accuracy)"], lines)
 
 
 def prediction_table(cells: Sequence[Cell]) -> str:
@@ -329,7 +329,7 @@ def prediction_table(cells: Sequence[Cell]) -> str:
         for side, row in prediction(cells, size).items():
             sign = "<" if side == "below" else "≥"
             lines.append([f"n {sign} {name}", str(row["students"]), str(row["as good"])])
-    return markdown(["students", "number", "as good as the teacher"], lines)
+    return as_table(["students", "number", "as good as the teacher"], lines)
 
 
 TABLES = {
@@ -401,10 +401,11 @@ def main() -> None:
         "prediction": {size: prediction(cells, size) for size in ("ess", "largest ess")},
         "cells": cells,
     }
-    for name, table in TABLES.items():
-        print(f"{table(cells)}\n")
-        if arguments.document is not None:
-            document(arguments.document, name, table(cells))
+    tables = {name: table(cells) for name, table in TABLES.items()}
+    print("\n\n".join(tables.values()))
+    if arguments.document is not None:
+        page = arguments.document.read_text(encoding="utf-8")
+        arguments.document.write_text(fill_marks(page, tables), encoding="utf-8")
     write(arguments.output, results)
     if arguments.figure is not None:
         save_figure(draw(cells), arguments.figure)

@@ -13,21 +13,25 @@ learning rate, or one of 3e-3 that is annealed to zero. Errors are those of the 
 taps. The loss on held-out bytes is that of the model with these kernels.
 
     python benchmarks/gradient_distillation.py [--model FOLDER] [--minutes N] [--runs FOLDER]
-                                               [--output PATH]
+                                               [--steps N …] [--rates R …] [--orders N …]
+                                               [--forms NAME …] [--output PATH]
 
 `--model` is the folder `original` of the output of `gramian demo`. By default, the demo is run
-first, into the folder of runs. The descents are one after the other. Each is kept in the folder of
-runs, so an interrupted benchmark goes on where it stopped. After `--minutes`, no further descent
-starts. The output names those that were not run.
+first, into the folder of runs. Reductions and descents are one after the other. Each is kept in the
+folder of runs, so an interrupted benchmark goes on where it stopped. After `--minutes`, no further
+descent starts. `--steps`, `--rates`, `--orders` and `--forms` choose the descents that may start.
+Those that are kept are read anyway. The output names the descents that were not run.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +125,14 @@ def descend(filters: Filters, form: str, order: int, descent: Descent) -> dict[s
     return {**measures, **described(filters, system.impulse_response(filters.taps), seconds)}
 
 
+def kept(file: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the date and the measures of a run, which takes place if `file` does not exist."""
+    if not file.is_file():
+        write(file, run())
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return {key: value for key, value in found.items() if key != "machine"}
+
+
 def name(form: str, order: int, descent: Descent) -> str:
     """Return the name of a descent."""
     rate = f"{descent.learning_rate:g}, {descent.schedule}"
@@ -132,6 +144,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="by default, the demo's model is trained")
     parser.add_argument("--minutes", type=float, default=240)
+    parser.add_argument("--steps", type=int, nargs="+", help="by default, all of them")
+    parser.add_argument("--rates", type=float, nargs="+", help="by default, all of them")
+    parser.add_argument("--orders", type=int, nargs="+", choices=ORDERS, default=ORDERS)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
     parser.add_argument(
         "--runs", type=Path, default=Path(tempfile.gettempdir()) / "gramian_gradient_distillation"
     )
@@ -153,20 +169,27 @@ def main() -> None:
         "taps": filters.taps,
         "bits per byte": filters.loss(filters.kernel),
         "bits per byte, filters cut to tap 0": filters.loss(silent),
-        "reduce": [reduced(filters, order) for order in ORDERS],
+        "reduce": [
+            kept(arguments.runs / f"reduce_{n}.json", functools.partial(reduced, filters, n))
+            for n in ORDERS
+        ],
         "descents": [],
         "not run": [],
     }
     for descent, form, order in itertools.product(DESCENTS, FORMS, ORDERS):
         cell = f"{form.replace(', ', '_')}_{order}_{descent.steps}_{descent.schedule}"
-        kept = arguments.runs / f"{cell}.json"
-        if not kept.is_file() and time.monotonic() - start > 60 * arguments.minutes:
+        file = arguments.runs / f"{cell}.json"
+        chosen = (
+            descent.steps in (arguments.steps or [descent.steps])
+            and descent.learning_rate in (arguments.rates or [descent.learning_rate])
+            and form in arguments.forms
+            and order in arguments.orders
+            and time.monotonic() - start < 60 * arguments.minutes
+        )
+        if not file.is_file() and not chosen:
             results["not run"].append(name(form, order, descent))
             continue
-        if not kept.is_file():
-            write(kept, descend(filters, form, order, descent))
-        found = json.loads(kept.read_text(encoding="utf-8"))
-        found = {key: value for key, value in found.items() if key not in ("date", "machine")}
+        found = kept(file, functools.partial(descend, filters, form, order, descent))
         results["descents"].append(found)
         best = results["reduce"][ORDERS.index(order)]["mean relative error"]
         print(

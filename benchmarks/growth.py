@@ -137,7 +137,7 @@ def command_line(*words: str) -> None:
 
     import gramian.cli
 
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         group: Any = typer.main.get_command(gramian.cli.app)
         group.main(list(words), standalone_mode=False)
 

@@ -318,7 +318,7 @@ def measure_peak(model: Ours | Theirs, length: int) -> None:
 def resident_peak_again() -> float:
     """Forget the resident peak so far, where the system can; the peak from which it goes on."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return resident_peak_of_this()
 
 
@@ -485,7 +485,7 @@ def main() -> None:
         return
     if arguments.serve or arguments.peak:
         answers = sys.stdout
-        with contextlib.redirect_stdout(open(os.devnull, "w")):  # to the end
+        with contextlib.redirect_stdout(open(os.devnull, "w", encoding="utf-8")):  # to the end
             held = side(arguments.serve or arguments.peak, arguments.checkpoint, arguments.vortex)
             if arguments.serve:
                 serve(held, answers)

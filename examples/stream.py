@@ -22,7 +22,7 @@ import onnxruntime
 
 def stream(folder: Path, samples: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Yield the output (channels) of each sample (channels) as soon as the sample arrives."""
-    description = json.loads((folder / "export.json").read_text())
+    description = json.loads((folder / "export.json").read_text(encoding="utf-8"))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # one sample is too little to share
     session = onnxruntime.InferenceSession(str(folder / description["step"]), options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import importlib.util
 
 __all__ = ["require"]
 
@@ -15,7 +15,7 @@ def require(name: str, extra: str, *packages: str) -> None:
         extra: the extra that installs them.
         packages: names of modules.
     """
-    missing = [package for package in packages if find_spec(package) is None]
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ImportError(
             f'{name} needs {" and ".join(missing)}: pip install "gramian[{extra}]".',

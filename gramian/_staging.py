@@ -6,6 +6,7 @@ or the finished output, even if writing the output fails.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -14,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 __all__ = ["staged_directory", "staged_file"]
+
+_SHOWN = 32  # characters of a target's name that the name of its stage shows
 
 
 @contextmanager
@@ -36,12 +39,13 @@ def staged_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise FileExistsError(f"{target} exists already.")
     made = [parent for parent in target.parents if not parent.exists()]  # innermost first
     target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    prefix = f".{_short(target.name)}-"
+    stage = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
         stage.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner may read
         yield stage
         if replace and target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+            old = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
             target.rename(old / target.name)
             stage.rename(target)
             shutil.rmtree(old)
@@ -59,13 +63,25 @@ def staged_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
 def staged_file(target: Path) -> Iterator[Path]:
     """Yield the path of a file beside `target`. It replaces `target` when the block succeeds."""
     target = Path(os.path.abspath(target))
-    stage = target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
+    stage = target.with_name(f".{_short(target.stem)}-{os.getpid()}{_short(target.suffix)}")
     try:
         yield stage
         stage.replace(target)
     except BaseException:
         stage.unlink(missing_ok=True)
         raise
+
+
+def _short(name: str) -> str:
+    """Return a name with its end replaced by a hash if it is long.
+
+    A file system that accepts the name of a target may refuse a longer one.
+    """
+    if len(name) <= _SHOWN:
+        return name
+    return (
+        f"{name[:_SHOWN]}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    )
 
 
 def _umask() -> int:

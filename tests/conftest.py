@@ -90,6 +90,19 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def simulated() -> torch.device:
+    """The simulated device, where PyTorch can have one, which the lowest accepted one cannot."""
+    from gramian.testing import simulated_device
+
+    try:
+        return simulated_device()
+    except RuntimeError as error:
+        if "needs a newer PyTorch" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
 class LargestAllocation:
     """Bytes of the largest tensor that an operation allocated inside a ``with`` block, also inside
     of operators that are opaque to PyTorch's dispatch modes.

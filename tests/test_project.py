@@ -66,18 +66,44 @@ def lower_bound(requirements: list[str], name: str) -> str:
     return match[1]
 
 
-def test_continuous_integration_runs_both_ends_of_what_is_accepted() -> None:
-    lowest, highest = WORKFLOWS["ci"]["jobs"]["range"]["strategy"]["matrix"]["include"]
-    assert PROJECT["requires-python"] == f">={lowest['python']}"
+def requirements_of(extra: str) -> set[str]:
+    """The requirements of an extra, and of the extras that it names."""
+    found: set[str] = set()
+    for text in PROJECT["optional-dependencies"][extra]:
+        inner = re.fullmatch(r"gramian\[(.+)\]", text)
+        found |= {text} if inner is None else set()
+        for name in inner[1].split(",") if inner else ():
+            found |= requirements_of(name)
+    return found
+
+
+def test_continuous_integration_runs_every_python_and_both_ends_of_what_is_accepted() -> None:
     pythons = [
         text.rsplit(" ", 1)[1]
         for text in PROJECT["classifiers"]
         if re.search(r"Python :: 3\.\d", text)
     ]
-    assert [lowest["python"], highest["python"]] == [pythons[0], pythons[-1]]
-    torch = lower_bound(PROJECT["dependencies"], "torch")
-    transformers = lower_bound(PROJECT["optional-dependencies"]["models"], "transformers")
-    assert lowest["versions"] == f"torch=={torch}.* transformers=={transformers}.*"
+    assert PROJECT["requires-python"] == f">={pythons[0]}"
+    jobs = WORKFLOWS["ci"]["jobs"]
+    matrix = jobs["newest"]["strategy"]["matrix"]["include"]
+    assert [one["python"] for one in matrix if one["os"] == "ubuntu-latest"] == pythons
+    assert {one["os"].split("-")[0] for one in matrix} == {"ubuntu", "macos", "windows"}
+    (setup,) = [step for step in jobs["lowest"]["steps"] if "python" in step.get("uses", "")]
+    assert setup["with"]["python-version"] == pythons[0]
+    assert jobs["lowest"]["steps"][-1]["run"] == "make test-lowest"
+
+
+def test_the_lowest_versions_are_tested_with_every_extra_that_they_allow() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    listed = re.search(r"^LOWEST_EXTRAS := (.*)$", makefile, flags=re.MULTILINE)
+    assert listed is not None
+    chosen = {text for name in listed[1].split(",") for text in requirements_of(name)}
+    assert lower_bound(PROJECT["dependencies"], "torch") == "2.6"
+    for extra in PROJECT["optional-dependencies"]:
+        if extra in ("analysis", "dev", "docs", "ray", "triton"):  # a benchmark's, tools, clusters
+            continue
+        needs = requirements_of(extra)
+        assert (needs <= chosen) != any(re.match(r"torch\b", text) for text in needs), extra
 
 
 def test_every_target_that_is_called_exists() -> None:

@@ -22,6 +22,30 @@ def test_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
     assert listing(tmp_path) == {"new": None, "new/out": None, "new/out/file": b"text"}
 
 
+@pytest.mark.parametrize("name", ["a" * 255, "é" * 127, "a" * 200 + "." + "b" * 54, ".json" * 51])
+def test_a_name_may_be_as_long_as_the_file_system_accepts(tmp_path: Path, name: str) -> None:
+    target = tmp_path / name
+    for text in ("first", "second"):
+        with staged_directory(target, replace=True) as stage:
+            (stage / "file").write_text(text)
+    assert (target / "file").read_text() == "second"
+    other = tmp_path / "files" / name
+    other.parent.mkdir()
+    with staged_file(other) as stage:
+        stage.write_text("text")
+    assert listing(other.parent) == {name: b"text"}
+
+
+def test_two_long_names_have_two_stages(tmp_path: Path) -> None:
+    with (
+        staged_file(tmp_path / ("a" * 90 + "1.csv")) as one,
+        staged_file(tmp_path / ("a" * 90 + "2.csv")) as other,
+    ):
+        assert one != other and one.suffix == ".csv"
+        one.write_text("1")
+        other.write_text("2")
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     def fail() -> None:

@@ -1,6 +1,7 @@
 """Measure how much of its memory each layer of a model uses while the model reads a text."""
 
 from gramian.analysis._analyze import analyze
+from gramian.analysis._calls import Attended, AttentionCall, replace_attention
 from gramian.analysis._collection import LayerSummary, Spread, StateReports, analyze_texts
 from gramian.analysis._comparison import StateComparison, compare_reports
 from gramian.analysis._frames import layer_frame, state_frame
@@ -17,9 +18,11 @@ from gramian.analysis._ranking import LayerRanking, RankedLayer
 from gramian.analysis._recording import RecordedOperator
 from gramian.analysis._report import LayerState, StateReport
 from gramian.analysis._storage import Storage
-from gramian.analysis._windows import window_attention, window_maps
+from gramian.analysis._windows import window_attention, window_maps, window_mask
 
 __all__ = [
+    "Attended",
+    "AttentionCall",
     "DelimiterModulation",
     "LayerRanking",
     "LayerState",
@@ -40,8 +43,10 @@ __all__ = [
     "measure_modulation",
     "open_model",
     "record_operators",
+    "replace_attention",
     "special_tokens",
     "state_frame",
     "window_attention",
     "window_maps",
+    "window_mask",
 ]

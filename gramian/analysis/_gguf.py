@@ -10,7 +10,6 @@ bar of transformers is hidden where the caller has its own.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from gramian._extras import require
 
 __all__ = ["open_gguf"]
 
@@ -38,8 +39,7 @@ def open_gguf(path: Path, progress: Callable[[int, int], None] | None = None) ->
         ImportError: if gguf is not installed.
         ValueError: if the file cannot be read.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError('GGUF files need gguf: pip install "gramian[gguf]".', name="gguf")
+    require("a GGUF file", "gguf", "gguf", "transformers")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, file = path.resolve().parent, path.name

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gramian._extras import require
+from gramian._hub import check_model_exists
 from gramian.analysis._gguf import open_gguf
 
 __all__ = ["open_model"]
@@ -36,17 +38,19 @@ def open_model(
         of the byte tokenizer's. Otherwise the tokenizer is None.
 
     Raises:
-        OSError: if the model does not exist, or a model of transformers has no tokenizer.
+        OSError: if there is no model of the name, or a model of transformers has no tokenizer.
         ValueError: if the model cannot be read, or is no causal language model.
         ImportError: if a package that is needed to read the model is missing: `gguf` for a GGUF
             file, `peft` for an adapter, or the package of the method that quantized the weights.
     """
+    require("a saved language model", "models", "transformers")
     from transformers import AutoTokenizer
 
     from gramian.models import ByteTokenizer, load_any
     from gramian.models.adapters import tokenizer_folder
     from gramian.models.loading import describe_missing
 
+    check_model_exists(name)
     path = Path(name)
     if path.suffix == ".gguf" and path.is_file():
         return open_gguf(path, progress)

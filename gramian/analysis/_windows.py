@@ -10,23 +10,15 @@ the others of a row are divided by what is left of its softmax.
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
-from gramian.analysis._attention import ATTENTION, eager_attention
-from gramian.analysis._inputs import check_model
-from gramian.analysis._operators import exclusive
-from gramian.analysis._tracing import Tracer
-from gramian.mixers import SoftmaxAttention
+from gramian.analysis._calls import Attended, AttentionCall, replace_attention
 
-__all__ = ["check_window", "window_attention", "window_maps"]
+__all__ = ["check_window", "window_attention", "window_maps", "window_mask"]
 
 _ROUNDING = 16
 """The multiple of the dtype's precision up to which the sum of a softmax may differ from 1."""
@@ -59,41 +51,12 @@ def window_attention(
             module of a path, or no head of a number; and, when the model runs, if a module calls no
             attention function, or if it does not read whole sequences.
     """
-    check_model(model)
     check_window(window, sinks)
-    chosen = {path: _module(model, path) for path in heads}
-    tracer = Tracer(model)
-    called: set[str] = set()
 
-    def handle(
-        kind: str, name: str, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]
-    ) -> Any:
-        path = tracer.paths[id(tracer.stack[-1])]
-        if kind != "function" or name != ATTENTION or path not in chosen:
-            return function(*args, **kwargs)
-        called.add(path)
-        bound = inspect.signature(function).bind(*args, **kwargs)
-        _narrow(bound, path, heads[path], window, sinks)
-        return function(*bound.args, **bound.kwargs)
+    def attend(call: AttentionCall) -> Attended:
+        return call.run(_narrowed(call, heads[call.path], window, sinks))
 
-    def leave(path: str, module: nn.Module, output: Any) -> None:
-        if path in chosen and path not in called:
-            raise ValueError(
-                f"{path} cannot have a window: {type(module).__name__} calls no attention function "
-                "of transformers."
-            )
-
-    with ExitStack() as stack:
-        stack.enter_context(exclusive())
-        if "transformers" in sys.modules:
-            stack.enter_context(eager_attention(model))
-        for path, module in chosen.items():
-            if isinstance(module, SoftmaxAttention):
-                called.add(path)
-                forward = _of_mixer(module, path, heads[path], window, sinks)
-                stack.enter_context(tracer.patched(module, forward))
-        stack.enter_context(tracer.installed(lambda *_: None, leave))
-        tracer.handler = handle
+    with replace_attention(model, dict.fromkeys(heads, attend)):
         yield
 
 
@@ -133,11 +96,15 @@ def check_window(window: int, sinks: int) -> None:
         raise ValueError(f"sinks must be at least 0 tokens; got {sinks}.")
 
 
-def _module(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
-        raise ValueError(f"{type(model).__name__} has no module {path}.") from error
+def window_mask(call: AttentionCall, window: int, sinks: int) -> Tensor:
+    """Return which keys are in the window of each query, or among the first, (batch or 1, L, L).
+
+    Padding does not count as time: the first tokens are the first that are real. What the layer
+    itself hides, such as padding and the future, may be in the window.
+    """
+    place = call.real.long().cumsum(-1)  # (batch or 1, L), from 1
+    away = place[:, :, None] - place[:, None]
+    return (away < window) | (place <= sinks)[:, None]
 
 
 def _seen(length: int, window: int, sinks: int, device: torch.device) -> Tensor:
@@ -147,74 +114,24 @@ def _seen(length: int, window: int, sinks: int, device: torch.device) -> Tensor:
     return (away >= 0) & ((away < window) | (index < sinks))
 
 
-def _hidden(path: str, count: int, chosen: Sequence[int] | None, seen: Tensor) -> Tensor:
-    """Return which keys the queries of each head do not see because of the window, (H or 1, L, L).
+def _narrowed(call: AttentionCall, chosen: Sequence[int] | None, window: int, sinks: int) -> Tensor:
+    """Return the mask of a call in which some heads see a window.
 
     Raises:
         ValueError: if the layer does not have one of the heads.
     """
-    if chosen is None:
-        return ~seen[None]
-    for head in chosen:
-        if not 0 <= head < count:
-            raise ValueError(f"{path} has {count} heads; got the number {head}.")
-    windowed = torch.zeros(count, dtype=torch.bool, device=seen.device)
-    windowed[list(chosen)] = True
-    return windowed[:, None, None] & ~seen
-
-
-def _narrow(
-    bound: inspect.BoundArguments,
-    path: str,
-    chosen: Sequence[int] | None,
-    window: int,
-    sinks: int,
-) -> None:
-    """Hide what is outside of a window in the mask of an attention function's arguments."""
-    names = list(bound.signature.parameters)
-    query, key = (bound.arguments.get(name) for name in names[1:3])
-    if (
-        "attention_mask" not in names
-        or not isinstance(query, Tensor)
-        or not isinstance(key, Tensor)
-    ):
-        raise ValueError(f"{path} cannot have a window: its attention function takes no mask.")
-    length, count = query.shape[-2], query.shape[1]
-    if key.shape[-2] != length:
-        raise ValueError(
-            f"{path}: a window needs whole sequences, without a cache; got {length} queries and "
-            f"{key.shape[-2]} keys."
-        )
-    hidden = _hidden(path, count, chosen, _seen(length, window, sinks, query.device))
-    mask = bound.arguments.get("attention_mask")
+    hidden = ~window_mask(call, window, sinks)[:, None]
+    if chosen is not None:
+        for head in chosen:
+            call.check_head(head)
+        windowed = torch.zeros(call.query.shape[1], dtype=torch.bool, device=hidden.device)
+        windowed[list(chosen)] = True
+        hidden = hidden & windowed[:, None, None]
+    mask = call.mask
     if mask is None:
-        mask = query.new_zeros(1, 1, length, length)
+        length = call.query.shape[-2]
+        mask = call.query.new_zeros(1, 1, length, length)
+        hidden = hidden | ~call.visible
     if mask.dtype == torch.bool:
-        bound.arguments["attention_mask"] = mask & ~hidden
-    else:
-        least = torch.finfo(mask.dtype).min
-        bound.arguments["attention_mask"] = torch.where(hidden, least, mask)
-
-
-def _of_mixer(
-    mixer: SoftmaxAttention,
-    path: str,
-    chosen: Sequence[int] | None,
-    window: int,
-    sinks: int,
-) -> Callable[..., Tensor]:
-    """Return what replaces the forward of a mixer of Gramian."""
-
-    def forward(former: Any, x: Tensor, state: Any = None, mask: Any = None) -> Tensor:
-        if state is not None or mask is not None:
-            raise ValueError(f"{path}: a window needs whole sequences, without padding or a state.")
-        index = torch.arange(x.shape[1], device=x.device)
-        q, k, v = mixer.project(x, index[None])
-        hidden = _hidden(path, mixer.heads, chosen, _seen(len(index), window, sinks, x.device))
-        own = _seen(len(index), mixer.window or len(index), 0, x.device)
-        y = scaled_dot_product_attention(
-            q, k, v, attn_mask=own & ~hidden, enable_gqa=mixer.heads != mixer.kv_heads
-        )
-        return mixer.merge(y)
-
-    return forward
+        return mask & ~hidden
+    return torch.where(hidden, torch.finfo(mask.dtype).min, mask)

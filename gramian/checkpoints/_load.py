@@ -23,6 +23,7 @@ from gramian.checkpoints.files import (
 )
 from gramian.checkpoints.published import PUBLISHED, published_config
 from gramian.models import GramianPreTrainedModel
+from gramian.models.saving import check_range
 
 __all__ = [
     "LoadedCheckpoint",
@@ -95,8 +96,8 @@ def load(
         ValueError: if a file cannot be read, or reading it would make other objects than tensors;
             if the keys belong to none of the formats; if the configuration lacks an entry or
             describes a model that Gramian models cannot express; if the dtype of the weights is
-            none of float16, bfloat16, float32 and float64; or if tensors are missing, unexpected or
-            misshapen. In the last case, the message names the tensors.
+            none of float16, bfloat16, float32 and float64, or cannot hold a value; or if tensors
+            are missing, unexpected or misshapen. In these cases, the message names the tensors.
     """
     path = Path(path)
     source, stored = open_source(path, config, format, fp8)
@@ -111,6 +112,9 @@ def load(
     )
     if any(info.values()):  # the format has a bug; never return random weights
         raise RuntimeError(f"{source.name} was not translated whole: {info}")
+    for name, tensor in model.state_dict().items():
+        if name in state:
+            check_range(name, state[name], tensor.dtype)
     model.eval()
     return LoadedCheckpoint(model, find_tokenizer(source, path, model), source.name)
 

@@ -13,6 +13,7 @@ from gramian.cli._app import UserError, command, one_line
 from gramian.cli._console import Bar, console_for, finish, running
 from gramian.cli._inputs import (
     SAVE_TOKENIZER,
+    check_models,
     check_new,
     find_tasks,
     move_model,
@@ -201,6 +202,7 @@ def analyze(
         source = source or _row(task, settings or [], config, seed, split, row)
     console = console_for(as_json)
     reports: list[StateReport] = []
+    check_models(models)
     quiet_transformers()
     for one in models:
         assert source is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
+import os
 import sys
 import traceback
 import typing
@@ -154,8 +156,24 @@ def _threads(adaptive: bool) -> AbstractContextManager[None]:
 
 def main() -> None:
     """Run the `gramian` command, and end the process with the exit status 0, 1 or 2."""
+    _write_every_character()
     with _failures():
         app()
+
+
+def _write_every_character(windows: bool = os.name == "nt") -> None:
+    """Write `?` for characters that the encoding of an output lacks, instead of failing.
+
+    On Windows, outputs to files and other programs are in UTF-8, as all files are, unless the user
+    chooses another encoding.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        if windows and not stream.isatty() and "PYTHONIOENCODING" not in os.environ:
+            stream.reconfigure(encoding="utf-8")
+        if stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 @contextmanager

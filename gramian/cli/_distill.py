@@ -134,7 +134,7 @@ def distill(
             base=model,
             name=out.name,
         )
-        (stage / "distillation.json").write_text(report.to_json() + "\n")
+        (stage / "distillation.json").write_text(report.to_json() + "\n", encoding="utf-8")
         _draw(report, f"{model}, distilled to {out}", stage / "distillation.png")
     finish(console, as_json, report.to_dict(), report, out)
 

@@ -19,8 +19,19 @@ from gramian.cli._inputs import (
     move_model,
     quiet_transformers,
     read_texts,
+    read_training_texts,
+    recall_options,
 )
-from gramian.cli._options import Device, Json, Settings, Split, TaskConfig, TaskSeed
+from gramian.cli._options import (
+    Device,
+    Json,
+    Rare,
+    Settings,
+    Split,
+    TaskConfig,
+    TaskSeed,
+    TrainingText,
+)
 
 if TYPE_CHECKING:
     from gramian.evaluation import EvaluationReport, Measure
@@ -79,6 +90,8 @@ class _Wanted:
     shots: int | None
     batch_size: int
     include_path: Path | None
+    training: list[Document]
+    rare: int | None
 
 
 @command
@@ -91,6 +104,8 @@ def evaluate(
     text: _Text = None,
     window: _Window = None,
     stride: _Stride = None,
+    training_text: TrainingText = None,
+    rare: Rare = None,
     include_path: _IncludePath = None,
     shots: _Shots = None,
     split: Split = None,
@@ -109,6 +124,8 @@ def evaluate(
         raise typer.BadParameter("give at least one of --task, --config and --text.")
     if window is not None and stride is not None and stride > window:
         raise typer.BadParameter(f"--stride must be at most --window, {window}; got {stride}.")
+    if training_text and not text:
+        raise typer.BadParameter("--training-text needs --text, whose perplexity it refines.")
     _require_one_process()
     for name in [model] if against is None else [against, model]:
         if not Path(name).exists():
@@ -120,8 +137,9 @@ def evaluate(
     quiet_transformers()
     found, seed = find_tasks(task or [], settings or [], config, seed)
     texts = {str(path): read_texts(path) for path in text or []}
+    training = read_training_texts(training_text, rare)
     harness = _of_the_harness(task or [])
-    options = (split, seed, window, stride, limit, shots, batch_size, include_path)
+    options = (split, seed, window, stride, limit, shots, batch_size, include_path, training, rare)
     report = _compare(model, against, _Wanted(found, harness, texts, *options), device, as_json)
     if output is not None:
         _save(report, output)
@@ -175,12 +193,15 @@ def _conditions(wanted: _Wanted) -> dict[str, Any]:
     """Return everything that results depend on, such as the seed, the window and the splits."""
     from dataclasses import asdict
 
+    from gramian.evaluation import RARE
     from gramian.tasks import choose_split
 
     conditions: dict[str, Any] = {"seed": wanted.seed}
     for key in ("limit", "window", "stride", "shots"):
         if (value := getattr(wanted, key)) is not None:
             conditions[key] = value
+    if wanted.training:
+        conditions["rare"] = RARE if wanted.rare is None else wanted.rare
     if wanted.tasks:
         conditions["tasks"] = {
             name: {"split": choose_split(task, name, wanted.split), **asdict(task)}
@@ -220,6 +241,7 @@ def _measure(name: str, wanted: _Wanted, device: str, bar: Bar) -> list[Measure]
             tokenizer=tokenizer,
             progress=shown(key),
         )
+    recall = recall_options(wanted.training, wanted.rare, tokenizer)
     for key, text in wanted.texts.items():
         measures += evaluation.perplexity(
             model,
@@ -229,6 +251,7 @@ def _measure(name: str, wanted: _Wanted, device: str, bar: Bar) -> list[Measure]
             stride=wanted.stride,
             batch_size=wanted.batch_size,
             progress=shown(key),
+            **recall,
         ).measures(key)
     if wanted.harness:
         with bar.hidden():  # the harness has bars of its own

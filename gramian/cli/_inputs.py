@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SAVE_TOKENIZER",
     "byte_tokenizer",
+    "check_models",
     "check_new",
     "check_shard_size",
     "check_tolerance",
@@ -33,6 +35,8 @@ __all__ = [
     "prompt_ids",
     "quiet_transformers",
     "read_texts",
+    "read_training_texts",
+    "recall_options",
     "require_training",
     "spread_windows",
 ]
@@ -46,6 +50,17 @@ def check_new(out: Path) -> None:
     """Raise a UserError if a path exists already."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already; name a folder that does not.")
+
+
+def check_models(names: Sequence[str]) -> None:
+    """Raise a UserError unless there is a model of every name."""
+    from gramian._hub import check_model_exists
+
+    for name in names:
+        try:
+            check_model_exists(name)
+        except FileNotFoundError as error:
+            raise UserError(one_line(error)) from error
 
 
 def check_shard_size(size: str) -> None:
@@ -192,6 +207,25 @@ def read_texts(text: Path) -> list[Document]:
         raise UserError(one_line(error)) from error
     except OSError as error:
         raise UserError(f"the text {text} cannot be read: {error.strerror}.") from error
+
+
+def read_training_texts(paths: list[Path] | None, rare: int | None) -> list[Document]:
+    """Read the documents that --training-text names, and check that --rare has some."""
+    if rare is not None and not paths:
+        raise typer.BadParameter(f"--rare needs --training-text; got {rare} alone.")
+    return [document for path in paths or [] for document in read_texts(path)]
+
+
+def recall_options(training: list[Document], rare: int | None, tokenizer: Any) -> dict[str, Any]:
+    """Return the options of `evaluation.perplexity` that the training texts determine."""
+    from gramian.evaluation import count_bigrams
+
+    if not training:
+        return {}
+    try:
+        return {"training_bigrams": count_bigrams(training, tokenizer), "rare": rare}
+    except ValueError as error:
+        raise UserError(f"--training-text: {one_line(error)}") from error
 
 
 def first_windows(

@@ -11,6 +11,7 @@ result whose record says that the command did not finish was left by a call that
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import traceback
@@ -32,6 +33,15 @@ INPUT, OUTPUT = "{input}", "{output}"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
+def _split(text: str, windows: bool = os.name == "nt") -> list[str]:
+    """Split a command into words as a shell does. In paths of Windows, a backslash is itself."""
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    if windows:
+        lexer.escape = ""
+    return list(lexer)
+
+
 @dataclass(frozen=True)
 class Template:
     """A command whose arguments contain `{input}` and `{output}`.
@@ -51,7 +61,7 @@ class Template:
                 not match.
         """
         try:
-            words = shlex.split(text)
+            words = _split(text)
         except ValueError as error:
             raise UserError(f"the command {text!r} cannot be split: {one_line(error)}.") from error
         for mark in (INPUT, OUTPUT):

@@ -12,12 +12,23 @@ from gramian.cli._app import UserError, command
 from gramian.cli._console import Bar, console_for, finish, running
 from gramian.cli._inputs import (
     SAVE_TOKENIZER,
+    check_models,
     check_new,
     move_model,
     quiet_transformers,
     read_texts,
+    read_training_texts,
+    recall_options,
 )
-from gramian.cli._options import Device, Include, Json, MaxChannels, Seed
+from gramian.cli._options import (
+    Device,
+    Include,
+    Json,
+    MaxChannels,
+    Rare,
+    Seed,
+    TrainingText,
+)
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -82,6 +93,8 @@ class _Wanted:
     max_channels: int | None
     include: str
     device: str
+    training: list[Document]
+    rare: int | None
 
 
 @dataclass(frozen=True)
@@ -91,13 +104,18 @@ class _Measured:
     modulation: ModulationReport
     measures: list[Measure]
     text: str
+    rare: int | None
 
     def to_dict(self) -> dict[str, Any]:
         measures = {
             one.metric: {"value": one.value, "error": one.error, "tokens": one.tokens}
             for one in self.measures
         }
-        return self.modulation.to_dict() | {"text": self.text, "perplexities": measures}
+        return self.modulation.to_dict() | {
+            "text": self.text,
+            "perplexities": measures,
+            "rare": self.rare,
+        }
 
 
 @command
@@ -114,6 +132,8 @@ def modulation(
     output: _Output = None,
     picture: _Picture = "png",
     seed: Seed = 0,
+    training_text: TrainingText = None,
+    rare: Rare = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -133,11 +153,22 @@ def modulation(
     documents = [document for path in text for document in read_texts(path)]
     if not documents:
         raise UserError(f"{', '.join(map(str, text))}: there is no text.")
-    channels = max_channels or None
     wanted = _Wanted(
-        documents, texts, delimiters, horizon, reach, resamples, seed, channels, include, device
+        documents,
+        texts,
+        delimiters,
+        horizon,
+        reach,
+        resamples,
+        seed,
+        max_channels or None,
+        include,
+        device,
+        read_training_texts(training_text, rare),
+        rare,
     )
     console, found = console_for(as_json), []
+    check_models(models)
     quiet_transformers()
     for name in models:
         with running(console, f"Reading with {name}", about=name) as bar:
@@ -179,10 +210,16 @@ def _measure(name: str, wanted: _Wanted, bar: Bar) -> _Measured:
     )
     bar.describe(f"{name}: perplexity")
     score = evaluation.perplexity(
-        model, tokenizer, rows, window=wanted.horizon, stride=wanted.horizon, progress=bar
+        model,
+        tokenizer,
+        rows,
+        window=wanted.horizon,
+        stride=wanted.horizon,
+        progress=bar,
+        **recall_options(wanted.training, wanted.rare, tokenizer),
     )
     shown = dataclasses.replace(found, model=name.rstrip("/"))
-    return _Measured(shown, score.measures("the texts"), about)
+    return _Measured(shown, score.measures("the texts"), about, score.rare)
 
 
 def _rows(tokenizer: Any, wanted: _Wanted) -> tuple[list[str], list[Tensor], str]:
@@ -270,9 +307,10 @@ def _caption(found: list[_Measured]) -> str:
             kinds.append(f"{part.kind}: {', '.join([*listed, *['…'][: len(part.tokens) > 6]])}")
         tokens = {measure.metric: measure.tokens for measure in one.measures}
         recalled = tokens.get("bigram_recall_perplexity", 0)
+        rare = "" if one.rare is None else f" and at most {one.rare:,} times in training"
         lines.append(
             f"{report.model}: {one.text}; {'; '.join(kinds)}; perplexity of "
-            f"{tokens['perplexity']:,} tokens, {recalled:,} of them in a pair seen before"
+            f"{tokens['perplexity']:,} tokens, {recalled:,} of them in a pair seen before{rare}"
         )
     first = found[0].modulation
     lines.append(

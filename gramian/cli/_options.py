@@ -18,11 +18,13 @@ __all__ = [
     "MaxShardSize",
     "ModelFolder",
     "NewFolder",
+    "Rare",
     "Seed",
     "Settings",
     "Split",
     "TaskConfig",
     "TaskSeed",
+    "TrainingText",
 ]
 
 ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a saved model.")]
@@ -58,6 +60,14 @@ MaxChannels = Annotated[
     int,
     typer.Option(min=0, help="Largest number of channels to measure in a layer; 0 measures all."),
 ]
+Rare = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Largest number of occurrences in --training-text of a pair of tokens that counts as "
+        "recalled (default: 1250).",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the random numbers.")]
 TaskConfig = Annotated[
     Path | None,
@@ -74,4 +84,11 @@ Settings = Annotated[
 Split = Annotated[
     str | None,
     typer.Option(help="Split of the task to read (default: test if there is one)."),
+]
+TrainingText = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Text on which the models were trained: pairs of tokens that are frequent there do "
+        "not count for the bigram-recall perplexity; repeatable."
+    ),
 ]

@@ -1,4 +1,4 @@
-"""Define the command `plan`, which plans hybrids: which attention a sliding window can replace."""
+"""Define the command `plan`: which attention a window or a fitted recurrence can replace."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gramian.cli._app import UserError, command
 from gramian.cli._console import console_for, finish, running
 from gramian.cli._inputs import (
     SAVE_TOKENIZER,
-    fraction,
+    check_models,
     move_model,
     quiet_transformers,
     read_texts,
@@ -57,19 +57,36 @@ _By = Annotated[
         help="What is replaced: whole layers, or heads with the others that share their keys.",
     ),
 ]
-_Criterion = Annotated[
+_Kind = Annotated[
     str,
+    typer.Option(
+        metavar="window|recurrence",
+        help="What replaces it: a window, or a recurrence of --state states, fitted on the text, "
+        "beside the window.",
+    ),
+]
+_Criterion = Annotated[
+    str | None,
     typer.Option(
         metavar="NAME",
         help="What is replaced first, by its smallest value: output or window (error of a window), "
-        "realization (error of a recurrence), state (effective state-size), loss, magnitude, or "
-        "random.",
+        "recurrence (error of the fitted recurrence), realization (error of the best recurrence), "
+        "state (effective state-size), loss (of each alone; noisy unless there are many "
+        "--sequences), magnitude, or random (default: output, or recurrence).",
     ),
 ]
 _Window = Annotated[int, typer.Option(min=1, help="Number of last tokens that a window holds.")]
 _Sinks = Annotated[int, typer.Option(min=0, help="Number of first tokens that it holds, too.")]
 _State = Annotated[
-    int, typer.Option(min=1, help="Number of states of the recurrences that are measured.")
+    int, typer.Option(min=1, help="Number of states of the recurrences, measured or fitted.")
+]
+_FitSequences = Annotated[
+    int,
+    typer.Option(
+        min=2,
+        help="Largest number of sequences to fit recurrences on; a quarter of them is kept for "
+        "their errors.",
+    ),
 ]
 _Length = Annotated[int, typer.Option(min=2, help="Number of tokens of a sequence.")]
 _Sequences = Annotated[int, typer.Option(min=1, help="Largest number of sequences to measure on.")]
@@ -99,12 +116,14 @@ def plan(
     text: _Text = None,
     replace: _Replace = None,
     by: _By = "layer",
-    criterion: _Criterion = "output",
+    kind: _Kind = "window",
+    criterion: _Criterion = None,
     window: _Window = 64,
     sinks: _Sinks = 4,
     state: _State = 16,
     length: _Length = 512,
     sequences: _Sequences = 4,
+    fit_sequences: _FitSequences = 16,
     plan_file: _Plan = None,
     try_text: _Try = None,
     try_sequences: _TrySequences = 16,
@@ -114,15 +133,17 @@ def plan(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Plan which attention of MODEL a sliding window can replace, and try the plan.
+    """Plan which attention of MODEL a window or a recurrence can replace, and try the plan.
 
     For every head, the effective state-size on a text, the error of a recurrence in its place and
-    that of a window are measured. The plan names the layers and heads to keep and to replace.
+    that of a window are measured. The plan names the layers and heads to keep and to replace. With
+    --kind recurrence, recurrences are fitted on the text, and saved beside the plan.
     """
     _check(text, plan_file, replace, try_text, output)
     budget = None if replace is None else _budget(replace)
     documents = None if text is None else _read(text)
     others = None if try_text is None else _read(try_text)
+    check_models([model])
     console = console_for(as_json)
     quiet_transformers()
 
@@ -146,6 +167,7 @@ def plan(
                 tokenizer,
                 replace=budget,
                 by=by,
+                kind=kind,
                 criterion=criterion,
                 window=window,
                 sinks=sinks,
@@ -153,6 +175,7 @@ def plan(
                 state=state,
                 length=length,
                 sequences=sequences,
+                fit_sequences=fit_sequences,
                 seed=seed,
                 progress=bar,
             )
@@ -192,8 +215,9 @@ def _check(
         raise typer.BadParameter("--replace goes with --text; a plan says what it replaces.")
     if plan_file is not None and try_text is None:
         raise typer.BadParameter("--plan needs --try, the text to try it on.")
-    if output is not None and (output.exists() or output.is_symlink()):
-        raise UserError(f"{output} exists already; name a file that does not.")
+    for file in () if output is None else (output, output.with_suffix(".safetensors")):
+        if file.exists() or file.is_symlink():
+            raise UserError(f"{file} exists already; name a file that does not.")
     if output is not None and not output.parent.is_dir():
         raise UserError(f"{output}: there is no folder {output.parent}.")
     if plan_file is not None and not plan_file.is_file():
@@ -202,7 +226,19 @@ def _check(
 
 def _budget(text: str) -> int | float:
     """Return the number that a text such as "6" means, or the share of "0.25" or "25%"."""
-    return int(text) if text.isdecimal() else fraction("--replace", text)
+    try:
+        number = int(text) if text.isdecimal() else 0
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        number, share = 0, 0.0
+    if number > 0:
+        return number
+    if 0 < share < 1:
+        return share
+    raise UserError(
+        "--replace takes a number of layers or groups of heads, such as 6, or a share of the bytes "
+        f"above 0 and below 1, such as 0.25 or 25%; got {text!r}."
+    )
 
 
 def _read(path: Path) -> list[Document]:

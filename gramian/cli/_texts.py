@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from gramian.cli._app import UserError
 from gramian.cli._console import Bar, console_for, finish, running
-from gramian.cli._inputs import SAVE_TOKENIZER, move_model, quiet_transformers, read_texts
+from gramian.cli._inputs import (
+    SAVE_TOKENIZER,
+    check_models,
+    move_model,
+    quiet_transformers,
+    read_texts,
+)
 
 if TYPE_CHECKING:
     from gramian.analysis import StateReports
@@ -50,6 +56,7 @@ def analyze_several(models: list[str], wanted: SeveralTexts, as_json: bool) -> N
     names, documents = _documents(wanted.files, wanted.count)
     console = console_for(as_json)
     found: list[StateReports] = []
+    check_models(models)
     quiet_transformers()
     for one in models:
         with running(console, f"Reading with {one}", about=one) as bar:

@@ -89,7 +89,7 @@ def run_demo(
         )
     with staged_directory(output, replace=replace) as stage, adaptive_threads():
         report = _Demo(settings, stage, console).run()
-        (stage / REPORT).write_text(to_json(report.to_dict(), indent=2) + "\n")
+        (stage / REPORT).write_text(to_json(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     _tell_files(console, output)
     _tell_checks(console, report)
     return report

@@ -12,6 +12,7 @@ need the extra `train`. Tasks of lm-evaluation-harness need the extra `evaluate`
 imported when it is first used.
 """
 
+from gramian.evaluation._bigrams import RARE, BigramCounts, count_bigrams, repeated_bigrams
 from gramian.evaluation._harness import HarnessError, evaluate_harness
 from gramian.evaluation._measure import Measure
 from gramian.evaluation._perplexity import Perplexity, perplexity
@@ -20,14 +21,18 @@ from gramian.evaluation._rows import TaskRow, read_row
 from gramian.evaluation._tasks import evaluate_task
 
 __all__ = [
+    "RARE",
+    "BigramCounts",
     "Comparison",
     "EvaluationReport",
     "HarnessError",
     "Measure",
     "Perplexity",
     "TaskRow",
+    "count_bigrams",
     "evaluate_harness",
     "evaluate_task",
     "perplexity",
     "read_row",
+    "repeated_bigrams",
 ]

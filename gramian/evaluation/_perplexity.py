@@ -7,9 +7,9 @@ every token of a document except the first is predicted once. After the first wi
 prediction is made from at least the `window - stride + 1` tokens before the predicted one.
 
 Bigram-recall perplexity is the perplexity on the tokens that a model can recall: those which, with
-the token before them, form a pair that occurred earlier in the same window (the "AR hits" of Arora
-et al. 2023, arXiv 2312.04927). The paper also leaves out pairs that are frequent in the training
-data, which are not known here.
+the token before them, form a bigram that occurred earlier in the same window (the "AR hits" of
+Arora et al. 2023, arXiv 2312.04927). As in the paper, bigrams that are frequent in the training
+data are left out if these data are given.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian._modules import in_mode
+from gramian.evaluation._bigrams import BigramCounts, earlier_bigrams, largest_count
 from gramian.evaluation._measure import Measure, exponential, ratio
 from gramian.ops.processors import adapt_threads
 from gramian.tasks import Document, Encoder, documents_in
@@ -45,9 +46,11 @@ class Perplexity:
         losses: (windows,) for each window, the sum of the losses in nats over the tokens that the
             window contributes.
         counts: (windows,) for each window, the number of tokens that it contributes.
-        recall_losses: (windows,) the part of `losses` over the tokens that complete a pair of
-            tokens which occurred earlier in the window.
+        recall_losses: (windows,) the part of `losses` over the tokens that complete a bigram which
+            occurred earlier in the window.
         recall_counts: (windows,) the number of these tokens.
+        rare: largest number of occurrences in the training data of a bigram that counts as
+            recalled, or None if all of them count.
     """
 
     nats: float
@@ -59,6 +62,7 @@ class Perplexity:
     counts: tuple[int, ...] = field(repr=False)
     recall_losses: tuple[float, ...] = field(repr=False)
     recall_counts: tuple[int, ...] = field(repr=False)
+    rare: int | None = None
 
     @property
     def loss(self) -> float:
@@ -77,12 +81,12 @@ class Perplexity:
 
     @property
     def recall_tokens(self) -> int:
-        """Return the number of tokens that complete a pair which occurred earlier in the window."""
+        """Return the number of tokens that complete a bigram seen earlier in their window."""
         return sum(self.recall_counts)
 
     @property
     def recall_perplexity(self) -> float | None:
-        """Return the bigram-recall perplexity, or None if no pair of tokens occurred before."""
+        """Return the bigram-recall perplexity, or None if no bigram occurred before."""
         tokens = self.recall_tokens
         return exponential(math.fsum(self.recall_losses) / tokens) if tokens else None
 
@@ -132,12 +136,14 @@ def perplexity(
     window: int | None = None,
     stride: int | None = None,
     batch_size: int = 1,
+    training_bigrams: BigramCounts | None = None,
+    rare: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Compute the loss of a causal language model on a text, with a sliding window.
 
-    The loss on the tokens that complete a pair of tokens which occurred earlier in the window is
-    computed beside the loss on all tokens.
+    The loss on the tokens that complete a bigram which occurred earlier in the window is computed
+    beside the loss on all tokens (Arora et al. 2023, arXiv 2312.04927, section 3).
 
     Args:
         model: a causal language model of Gramian or of transformers.
@@ -151,11 +157,16 @@ def perplexity(
         stride: number of tokens between the beginnings of inputs, at most `window`; by default half
             of `window`. A smaller stride gives each counted token more context, and takes longer.
         batch_size: number of windows in a batch.
+        training_bigrams: the bigrams of the data on which the model was trained, from
+            `count_bigrams` with the same tokenizer. Bigrams that are frequent there then do not
+            count as recalled, as in the paper. By default every bigram of the window counts.
+        rare: largest number of occurrences in the training data of a bigram that counts; by default
+            the paper's, 1,250.
         progress: function called as `progress(done, total)` with numbers of windows, or None.
 
     Raises:
-        ValueError: if the window, the stride or the batch size is invalid, or if no document has at
-            least two tokens.
+        ValueError: if the window, the stride or the batch size is invalid, if no document has at
+            least two tokens, or if `rare` is negative or stands without `training_bigrams`.
     """
     if window is None:
         window = min(int(getattr(model.config, "max_position_embeddings", None) or 2048), 2048)
@@ -167,6 +178,7 @@ def perplexity(
         raise ValueError(f"stride must lie from 1 to the window, {window}; got {stride}.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+    rare = largest_count(training_bigrams, rare)
     encode = Encoder(tokenizer)
     documents = documents_in(text) if isinstance(text, str) else text
     parts = [
@@ -186,7 +198,7 @@ def perplexity(
         before += len(part)
     ids = torch.from_numpy(np.concatenate([part for part, _ in parts]))
     size = sum(bytes_ for part, bytes_ in parts if len(part) > 1)
-    earlier = _earlier_pairs(ids.numpy())
+    earlier = earlier_bigrams(ids.numpy(), training_bigrams, rare)
     losses: list[float] = []
     recalled: list[tuple[float, int]] = []
     with in_mode(model, training=False):
@@ -211,6 +223,7 @@ def perplexity(
         counts,
         tuple(loss for loss, _ in recalled),
         tuple(count for _, count in recalled),
+        rare,
     )
 
 
@@ -244,24 +257,6 @@ def _equally_long(
             group = []
         group.append(place)
     yield group
-
-
-def _earlier_pairs(ids: np.ndarray) -> np.ndarray:
-    """Return where each token and the one before it last occurred as a pair.
-
-    Args:
-        ids: (tokens,) token ids.
-
-    Returns:
-        (tokens,) int64. Entry t is the largest s < t with `ids[s - 1 : s + 1] == ids[t - 1 : t +
-        1]`, or -1 if there is none.
-    """
-    earlier = np.full(len(ids), -1, dtype=np.int64)
-    pairs = ids[:-1].astype(np.int64) * (int(ids.max()) + 1) + ids[1:]
-    order = np.argsort(pairs, kind="stable")
-    again = pairs[order[1:]] == pairs[order[:-1]]
-    earlier[order[1:][again] + 1] = order[:-1][again] + 1
-    return earlier
 
 
 @torch.no_grad()

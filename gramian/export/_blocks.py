@@ -6,6 +6,10 @@ module cuts the chunk into blocks of c samples, and a scan passes the state from
 last block may have any number r < c of samples. Let x be the state before this block, A the state
 matrix, and R the matrix that maps a block of inputs to its part of the next state. The state after
 the last block is `A^r x`, plus R times a block with c - r zeros followed by the r samples.
+
+The sequences of a chunk may have different lengths, and then begin with padding (`Padding`). Within
+a recurrence, each sequence is moved to the front of its row. So it is cut into the same blocks as
+without padding, and continues from its state. Its last block is the one in which its samples end.
 """
 
 from __future__ import annotations
@@ -22,10 +26,11 @@ from gramian.systems import Blocks, FIRWindowRecurrence, FIRWindowState, Recurre
 __all__ = [
     "BLOCK",
     "BlockedRecurrence",
+    "LastBlock",
+    "Padding",
     "TracedBlocks",
     "WindowedRecurrence",
     "carry",
-    "last_block",
     "split_blocks",
     "trace_recurrence",
 ]
@@ -36,6 +41,42 @@ BLOCK = 32
 This number is about the size of a state, so that products with the matrices T, O and R of
 `gramian.systems.BlockForm` cost about the same.
 """
+
+
+class Padding:
+    """The number of columns before the first token of each row of a chunk.
+
+    Args:
+        real: (batch, length), boolean: false for padding, which comes before the tokens of a row.
+    """
+
+    def __init__(self, real: Tensor) -> None:
+        self.counts = real.sum(1)
+        """The number of tokens of each row, (batch), int64."""
+        self._columns = torch.arange(real.shape[1], device=real.device)
+        self._waits = (real.shape[1] - self.counts)[:, None]  # (batch, 1)
+
+    def to_front(self, x: Tensor, time: int = -1) -> Tensor:
+        """Move the tokens of x, (batch, …), to the front of their rows along a dimension."""
+        return self._gathered(x, self._columns + self._waits, time)
+
+    def to_back(self, x: Tensor, time: int = -1) -> Tensor:
+        """Undo `to_front`."""
+        return self._gathered(x, self._columns + self.counts[:, None], time)
+
+    def _gathered(self, x: Tensor, source: Tensor, time: int) -> Tensor:
+        batch, length = source.shape
+        wrapped = torch.where(source < length, source, source - length)
+        shape = [1] * x.ndim
+        shape[0], shape[time] = batch, length
+        return x.gather(time, wrapped.reshape(shape).expand_as(x))
+
+
+def lengths_of(x: Tensor, padding: Padding | None) -> Tensor:
+    """Return the number of samples of each row of x (batch, …, length), (batch), int64."""
+    if padding is not None:
+        return padding.counts
+    return torch.full((x.shape[0],), x.shape[-1], dtype=torch.int64, device=x.device)
 
 
 def split_blocks(x: Tensor, size: int = BLOCK, silent: float = 0.0) -> Tensor:
@@ -58,25 +99,42 @@ def split_blocks(x: Tensor, size: int = BLOCK, silent: float = 0.0) -> Tensor:
     return padded.reshape(*x.shape[:-1], count, size)
 
 
-def last_block(x: Tensor, size: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """Return the samples that follow the last whole block of a signal.
+class LastBlock:
+    """The samples that follow the last whole block of each row.
 
     Args:
-        x: the signal, (…, length).
+        counts: (batch), int64: the number of samples of each row, which come first in the row.
         size: number of samples in a block.
-
-    Returns:
-        A block, (…, size), that ends with the last `length % size` samples and begins with zeros;
-        and the number of these samples, (), int64.
     """
-    length = x.shape[-1]
-    rest = length - length // size * size
-    latest = torch.nn.functional.pad(x, (size, 0))[..., length:]
-    index = torch.arange(size, device=x.device)
-    zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    return torch.where(index >= size - rest, latest, zero), torch.full(
-        (), rest, dtype=torch.int64, device=x.device
-    )
+
+    def __init__(self, counts: Tensor, size: int = BLOCK) -> None:
+        self.whole = torch.div(counts, size, rounding_mode="floor")
+        """The number of whole blocks of each row, (batch), int64."""
+        self.rest = counts - self.whole * size
+        """The number of samples after them, (batch), int64."""
+        index = torch.arange(size, device=counts.device)
+        self._columns = (counts[:, None] - size + index).clamp_min(0)  # (batch, size)
+        self._new = index >= size - self.rest[:, None]
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return the last samples of a signal (batch, …, length).
+
+        The result is (batch, …, size). It ends with the `rest` samples, and begins with zeros.
+        """
+        shape = (x.shape[0], *(1,) * (x.ndim - 2), -1)
+        columns = self._columns.reshape(shape).expand(*x.shape[:-1], -1)
+        latest = x.gather(-1, columns)
+        return torch.where(self._new.reshape(shape), latest, torch.zeros_like(latest))
+
+    def state_before(self, starts: Tensor) -> Tensor:
+        """Return the state before the last samples, (batch, …).
+
+        Args:
+            starts: the states before all blocks, (K, batch, …).
+        """
+        batch = starts.shape[1]
+        rows = torch.arange(batch, device=starts.device)
+        return starts.flatten(0, 1).index_select(0, self.whole * batch + rows)
 
 
 def carry(
@@ -140,14 +198,14 @@ class TracedBlocks(nn.Module):
         return self.blocks.advance(x)
 
     def advance_by(self, x: Tensor, steps: Tensor) -> Tensor:
-        """Return `A^steps x` for an integer tensor () below c."""
+        """Return `A^steps x` for an integer tensor (batch) below c."""
         return self.blocks.advance_by(x, steps)
 
     def select(self, x: Tensor) -> Tensor:
         """Return the channels of this group from x (batch, channels, …)."""
         return self.blocks.select(x)
 
-    def convolve(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def convolve(self, u: Tensor, x: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Process a chunk that continues from a state.
 
         The products of all blocks are one batched matrix product for each channel.
@@ -155,6 +213,7 @@ class TracedBlocks(nn.Module):
         Args:
             u: The inputs of G channels, (batch, G, length).
             x: The state before the chunk, (batch, G, n, 1).
+            counts: (batch), int64: the number of samples of each row. They come first in the row.
 
         Returns:
             The outputs, (batch, G, length), and the state after the chunk.
@@ -173,9 +232,9 @@ class TracedBlocks(nn.Module):
         before = before.reshape(groups, batch * count, -1)
         y = torch.bmm(flat, self.inside.mT) + torch.bmm(before, self.observe.mT)
         y = y.reshape(groups, batch, count * BLOCK)[..., :length].transpose(0, 1)
-        latest, rest = last_block(signal)
-        end = self.advance_by(starts[count - 2], rest) + self.reach @ latest.unsqueeze(-1)
-        return y, end
+        last = LastBlock(counts)
+        end = self.advance_by(last.state_before(starts), last.rest)
+        return y, end + self.reach @ last.of(signal).unsqueeze(-1)
 
 
 class WindowedRecurrence(nn.Module):
@@ -199,14 +258,22 @@ class WindowedRecurrence(nn.Module):
         assert isinstance(state, FIRWindowState)
         return self.recurrence.advance(u_t, state)
 
-    def prefill(self, u: Tensor, state: State) -> tuple[Tensor, State]:
-        """Process a chunk (batch, *C, length)."""
+    def prefill(
+        self, u: Tensor, state: State, padding: Padding | None = None
+    ) -> tuple[Tensor, State]:
+        """Process a chunk (batch, *C, length), which may begin with padding."""
         assert isinstance(state, FIRWindowState)
+        if padding is not None:
+            u = padding.to_front(u)
         joined = torch.cat([state.inputs, u.to(self.kernel.dtype)], dim=-1)
         groups = self.kernel.shape[0]
         flat = joined.reshape(u.shape[0], groups, joined.shape[-1])
-        y = nn.functional.conv1d(flat, self.kernel, groups=groups).reshape(u.shape)
-        return y.to(u.dtype), FIRWindowState(joined[..., u.shape[-1] :])
+        y = nn.functional.conv1d(flat, self.kernel, groups=groups).reshape(u.shape).to(u.dtype)
+        known = torch.arange(state.inputs.shape[-1], device=u.device)
+        latest = lengths_of(u, padding)[:, None] + known  # (batch, K - 1)
+        latest = latest.reshape(u.shape[0], *(1,) * (u.ndim - 2), -1).expand(*u.shape[:-1], -1)
+        after = FIRWindowState(joined.gather(-1, latest))
+        return y if padding is None else padding.to_back(y), after
 
 
 class BlockedRecurrence(nn.Module):
@@ -233,16 +300,29 @@ class BlockedRecurrence(nn.Module):
         """Compute a step of the recurrence without writing into `state`."""
         return self.recurrence.advance(u_t, state)
 
-    def prefill(self, u: Tensor, state: State) -> tuple[Tensor, State]:
-        """Process a chunk u (batch, *C, length) in blocks, with the channels *C of the system."""
+    def prefill(
+        self, u: Tensor, state: State, padding: Padding | None = None
+    ) -> tuple[Tensor, State]:
+        """Process a chunk in blocks.
+
+        Args:
+            u: (batch, *C, length), with the channels *C of the system.
+            state: The state before the chunk.
+            padding: The padding before the samples of each row, which does not change the state.
+                None if there is none.
+        """
         channels = u.shape[1:-1]
+        counts = lengths_of(u, padding)
+        if padding is not None:
+            u = padding.to_front(u)
         outputs, ends = [], []
         for part, x in zip(self.parts, self.pack(state), strict=True):
-            y, end = part.convolve(part.select(u).reshape(u.shape[0], -1, u.shape[-1]), x)
+            chosen = part.select(u).reshape(u.shape[0], -1, u.shape[-1])
+            y, end = part.convolve(chosen, x, counts)
             outputs.append(y.reshape(u.shape[0], -1, *channels[1:], u.shape[-1]))
             ends.append(end)
-        y = self.restore_order(outputs).reshape(u.shape)
-        return y.to(u.dtype), self.unpack(ends, state)
+        y = self.restore_order(outputs).reshape(u.shape).to(u.dtype)
+        return y if padding is None else padding.to_back(y), self.unpack(ends, state)
 
     def restore_order(self, outputs: list[Tensor]) -> Tensor:
         """Join the outputs of all parts, (batch, channels, …), in the order of the channels."""

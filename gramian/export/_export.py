@@ -17,7 +17,8 @@ from gramian.export._programs import Stateful, check_format, frozen_for_export, 
 from gramian.export._report import ExportReport
 from gramian.export._runtime import ExportedModel, ExportedRecurrence
 from gramian.export._verify import verify_model, verify_recurrence
-from gramian.mixers import Mixer, MixerCall
+from gramian.mixers import Mixer, MixerCall, Segments
+from gramian.mixers.mixer import apply_mask
 from gramian.systems import DenseOperator, State, System, TimeInvariantSystem, TimeVarying
 
 if TYPE_CHECKING:
@@ -47,8 +48,11 @@ def export_model(
     configuration, the tokenizer and `export.json`. This file describes the states, which begin with
     zeros, and how the next token is chosen.
 
-    Padding is not supported: all sequences of a batch must have the same length. If there are more
-    tokens than attention has room for, the logits are NaN.
+    `prefill` also takes `attention_mask`, (batch, length), int64: 1 for a token, 0 for padding.
+    Padding may be anywhere in a row. The logits are those after the last token of each row, and a
+    row has the logits and the state that it would have without padding. So a step needs no mask.
+    The logits of a row without tokens are meaningless. If there are more tokens than attention has
+    room for, the logits are NaN.
 
     The exported files are loaded and run before they appear in `folder`. They appear only if they
     choose the same tokens as the recurrence in PyTorch and generate the same text as
@@ -127,7 +131,8 @@ def export_recurrence(
     a system with channels (*C), `step` takes (batch, *C), and `prefill` takes (batch, *C, length).
     Both programs also take the tensors of the state, and return the output, in the shape of the
     input, and the next state. The batch and the length may have any size. `export.json` describes
-    the states.
+    the states. The `prefill` of a mixer also takes `mask`, (batch, length), int64: 1 for a sample,
+    0 for padding, which may be anywhere and leaves the state unchanged.
 
     Args:
         target: A mixer in float32 or float64, or a time-invariant system, on the CPU. A long `FIR`
@@ -194,14 +199,18 @@ def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
     prefixes = [f"layers.{index}.mixer.state" for index in range(len(layers))]
 
     def run(
-        ids: Tensor, states: dict[str, Tensor], chunk: bool
+        ids: Tensor, states: dict[str, Tensor], mask: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = None
+        if mask is not None:  # the last column then holds the last token of every row
+            (part,) = Segments(mask).parts
+            ids, rows = part.take(ids), Segments(part.real)
         hidden = model.model.embed(ids)
         tensors = iter(states.values())
         after: dict[str, Tensor] = {}
         for prefix, block, layer in zip(prefixes, blocks, layers, strict=True):
-            carried = _Carried(layer, fill(layer.template, tensors), chunk)
-            hidden = block.mix(hidden, MixerCall(carried, carries_state=True))
+            carried = _Carried(layer, fill(layer.template, tensors), rows)
+            hidden = block.mix(hidden, MixerCall(carried, rows, carries_state=True))
             after.update(named_tensors(carried.state, prefix))
         hidden = apply_norm(model.model.norm, hidden[:, -1])
         return model.lm_head(hidden), after
@@ -213,14 +222,15 @@ def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
     return Stateful(
         module=model,
         constants=[part for layer in layers for part in layer.constants],
-        step=lambda ids, states: run(ids, states, chunk=False),
-        prefill=lambda ids, states: run(ids, states, chunk=True),
+        step=run,
+        prefill=run,
         states=states,
         step_input=torch.zeros(2, 1, dtype=torch.int64),
         prefill_input=torch.zeros(2, _EXAMPLE, dtype=torch.int64),
         time=1,
         input="input_ids",
         output="logits",
+        mask="attention_mask",
         description={
             "gramian": __version__,
             "kind": "language model",
@@ -232,16 +242,24 @@ def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
 
 
 class _Carried:
-    """A function that runs a layer's mixer on (batch, length, width) and keeps the next state."""
+    """A function that runs a layer's mixer on (batch, length, width) and keeps the next state.
 
-    def __init__(self, layer: MixerProgram, state: State, chunk: bool) -> None:
+    Args:
+        layer: The program of the mixer.
+        state: The state before these tokens.
+        rows: The positions of the tokens of a chunk, which end at the last column. None for a step.
+    """
+
+    def __init__(self, layer: MixerProgram, state: State, rows: Segments | None) -> None:
         self.layer = layer
         self.state = state
-        self.chunk = chunk
+        self.rows = rows
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.chunk:
-            y, self.state = self.layer.prefill(x, self.state)
+        if self.rows is not None:
+            real = self.rows.real
+            assert real is not None
+            y, self.state = self.layer.prefill(apply_mask(x, real), self.state, real)
             return y
         y, self.state = self.layer.step(x[:, 0], self.state)
         return y[:, None]
@@ -256,24 +274,32 @@ def _mixer(mixer: Mixer, context: int | None) -> Stateful:
     if halves:
         raise ValueError(f"mixers are exported in float32 or float64; got {halves[0]}.")
 
-    def wrap(function: Any) -> Any:
-        def run(x: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-            y, state = function(x, fill(layer.template, iter(states.values())))
-            return y, dict(named_tensors(state, "state"))
+    def step(x_t: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        y, state = layer.step(x_t, fill(layer.template, iter(states.values())))
+        return y, dict(named_tensors(state, "state"))
 
-        return run
+    def prefill(
+        x: Tensor, states: dict[str, Tensor], mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = Segments(mask)
+        (part,) = rows.parts
+        assert part.real is not None
+        before = fill(layer.template, iter(states.values()))
+        y, state = layer.prefill(part.take(x), before, part.real)
+        return rows.restore([y]), dict(named_tensors(state, "state"))
 
     return Stateful(
         module=mixer,
         constants=list(layer.constants),
-        step=wrap(layer.step),
-        prefill=wrap(layer.prefill),
+        step=step,
+        prefill=prefill,
         states=dict(named_tensors(layer.template, "state")),
         step_input=like.new_zeros(2, mixer.width, dtype=dtype),
         prefill_input=like.new_zeros(2, _EXAMPLE, mixer.width, dtype=dtype),
         time=1,
         input="x",
         output="y",
+        mask="mask",
         description={
             "gramian": __version__,
             "kind": "mixer",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from gramian.export._blocks import (
     BLOCK,
+    LastBlock,
+    Padding,
     carry,
-    last_block,
     split_blocks,
     trace_recurrence,
 )
@@ -33,6 +35,7 @@ from gramian.mixers import (
     SoftmaxAttentionState,
 )
 from gramian.mixers.linear_recurrence import Coefficients
+from gramian.mixers.mixer import apply_mask
 from gramian.ops.scan import Diagonal, DiagonalPlusLowRank, join
 from gramian.systems import State
 
@@ -74,7 +77,7 @@ class MixerProgram:
     """The recurrence of a mixer in a form that can be traced.
 
     This class suits mixers whose `mix_token` and `mix_chunk` can themselves be traced, for any
-    length, without padding. Any other mixer needs a subclass, which `register_program` registers.
+    length and any mask. Any other mixer needs a subclass, which `register_program` registers.
 
     Args:
         mixer: The mixer to export. Its filters are evaluated when the program is made.
@@ -101,9 +104,16 @@ class MixerProgram:
         """Mix one token (batch, width) without writing into `state`."""
         return self.mixer.mix_token(x_t, state.clone())
 
-    def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """Mix a chunk (batch, length, width) of any length that continues from `state`."""
-        return self.mixer.mix_chunk(x, state, None)
+    def prefill(self, x: Tensor, state: State, mask: Tensor) -> tuple[Tensor, State]:
+        """Mix a chunk of any length that continues from `state`.
+
+        Args:
+            x: The chunk, (batch, length, width), zero where the mask is false.
+            state: The state before the chunk.
+            mask: (batch, length), boolean: false for padding, which comes before the tokens of a
+                row and leaves the state unchanged.
+        """
+        return self.mixer.mix_chunk(x, state, mask)
 
 
 _PROGRAMS: dict[type[Any], type[MixerProgram]] = {}
@@ -166,8 +176,11 @@ class _BlockProgram(MixerProgram):
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         return self.block.carry(x_t, state, self.inner.step)
 
-    def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        return self.block.carry(x, state, self.inner.prefill)
+    def prefill(self, x: Tensor, state: State, mask: Tensor) -> tuple[Tensor, State]:
+        def move(z: Tensor, before: State) -> tuple[Tensor, State]:
+            return self.inner.prefill(apply_mask(z, mask), before, mask)
+
+        return self.block.carry(x, state, move)
 
 
 @register_program(ConvolutionMixer)
@@ -191,9 +204,10 @@ class _ConvolutionProgram(MixerProgram):
         long: Any = self.long  # these modules have the interface of recurrences
         return self.mixer.convolve_token(x_t, state, long)
 
-    def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        operators = tuple(long.prefill for long in self.long)
-        return self.mixer.convolve_chunk(x, state, None, operators)
+    def prefill(self, x: Tensor, state: State, mask: Tensor) -> tuple[Tensor, State]:
+        padding = Padding(mask)
+        operators = tuple(partial(long.prefill, padding=padding) for long in self.long)
+        return self.mixer.convolve_chunk(x, state, mask, operators)
 
 
 @register_program(MultiHyena)
@@ -202,22 +216,24 @@ class _MultiHyenaProgram(_ConvolutionProgram):
 
     mixer: MultiHyena
 
-    def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def prefill(self, x: Tensor, state: State, mask: Tensor) -> tuple[Tensor, State]:
         assert isinstance(state, MultiHyenaState)
         (long,) = self.long
-        q, k, v, past = self.mixer.project(x, None, state.short)  # (batch, heads, length, N)
+        padding = Padding(mask)
+        *projected, past = self.mixer.project(x, mask, state.short)
+        q, k, v = (padding.to_front(z, 2) for z in projected)  # (batch, heads, length, N)
         outputs, ends = [], []
         for part, carried in zip(long.parts, long.pack(state.long), strict=True):
             queries, keys, values = (part.select(z) for z in (q, k, v))
-            y, end = _outer_products(part, queries, keys, values, carried)
+            y, end = _outer_products(part, queries, keys, values, carried, padding.counts)
             outputs.append(y)
             ends.append(end)
-        y = self.mixer.merge(long.restore_order(outputs))
+        y = self.mixer.merge(padding.to_back(long.restore_order(outputs), 2))
         return y, MultiHyenaState(past, long.unpack(ends, state.long))
 
 
 def _outer_products(
-    part: Any, q: Tensor, k: Tensor, v: Tensor, state: Tensor
+    part: Any, q: Tensor, k: Tensor, v: Tensor, state: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Process a chunk of the heads whose filters are in one part.
 
@@ -225,6 +241,7 @@ def _outer_products(
         part: The block matrices of the heads, a `TracedBlocks`.
         q, k, v: (batch, heads, length, N).
         state: The state before the chunk, (batch, heads, n, N²).
+        counts: (batch), int64: the number of tokens of each row. They come first in the row.
 
     Returns:
         The outputs, (batch, heads, length, N), and the state after the chunk.
@@ -255,16 +272,16 @@ def _outer_products(
     _, (y, starts) = scan(body, state.clone(memory_format=torch.contiguous_format), blocks)
     count = y.shape[0]
     y = y.permute(1, 2, 0, 3, 4).reshape(*q.shape[:2], count * BLOCK, width)[:, :, :length]
-    (keys, rest), (values, _) = last_block(k.mT), last_block(v.mT)
-    end = part.advance_by(starts[count - 2], rest) + part.reach @ outer(keys.mT, values.mT)
-    return y, end
+    last = LastBlock(counts)
+    end = part.advance_by(last.state_before(starts), last.rest)
+    return y, end + part.reach @ outer(last.of(k.mT).mT, last.of(v.mT).mT)
 
 
 @register_program(LinearRecurrence)
 class _LinearRecurrenceProgram(MixerProgram):
     """The program of linear recurrences. It processes chunks in blocks of steps.
 
-    The last block is filled with steps that leave the memory unchanged.
+    Padding and the end of the last block are steps that leave the memory unchanged.
     """
 
     mixer: LinearRecurrence
@@ -272,10 +289,10 @@ class _LinearRecurrenceProgram(MixerProgram):
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         return self.mixer.mix_token(x_t, state)  # this does not write into the state
 
-    def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def prefill(self, x: Tensor, state: State, mask: Tensor) -> tuple[Tensor, State]:
         assert isinstance(state, LinearRecurrenceState)
         mixer = self.mixer
-        steps, values, rest, past = mixer.features(x, state.short, None)
+        steps, values, rest, past = mixer.features(x, state.short, mask)
         coefficients = steps.coefficients()
         size = 1 << (max(4, min(64, mixer.state_size, mixer.value_width)) - 1).bit_length()
         y, memory = _by_blocks(coefficients, values, state.memory.to(values.dtype), size)
@@ -362,41 +379,42 @@ class _AttentionProgram(MixerProgram):
         self.template = SoftmaxAttentionState(keys, keys.clone(), counts, nothing)
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        assert isinstance(state, SoftmaxAttentionState)
         y, after = super().step(x_t, state)
-        return self._inside_room(y[:, None], state)[:, 0], after
+        return self._inside_room(y[:, None], state.real[:, None])[:, 0], after
 
-    def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def prefill(self, x: Tensor, state: State, mask: Tensor) -> tuple[Tensor, State]:
         assert isinstance(state, SoftmaxAttentionState)
         mixer, length = self.mixer, x.shape[1]
         index = torch.arange(length, device=x.device)
-        positions = state.real[:, None] + index
+        real = mask.to(torch.int64)
+        positions = state.real[:, None] + real.cumsum(1) - real
         q, k, v = mixer.project(x, positions)
         ahead = index[:, None] - index  # number of positions from key s to query t
         seen = ahead >= 0
         if mixer.window is not None:
             seen = seen & (ahead < mixer.window)
+        seen = (seen & mask[:, None]) | (ahead == 0)  # padding sees itself, and so stays finite
         remembered = mixer.remembered(state, positions[:, :, None])  # (batch, length, room)
-        visible = torch.cat([remembered, seen.expand(x.shape[0], -1, -1)], dim=2)
+        visible = torch.cat([remembered, seen], dim=2)  # (batch, length, room + length)
         keys = torch.cat([state.keys.to(k.dtype), k], dim=2).unsqueeze(2)
         values = torch.cat([state.values.to(v.dtype), v], dim=2).unsqueeze(2)
         q = q.unflatten(1, (mixer.kv_heads, -1))  # (batch, kv_heads, group, length, N)
         scores = q @ keys.mT / math.sqrt(mixer.head_width)
         weights = scores.masked_fill(~visible[:, None, None], -math.inf).softmax(-1)
         y = mixer.merge((weights @ values).flatten(1, 2))
-        return self._inside_room(y, state), mixer.remember(state, k, v, None)
+        return self._inside_room(y, positions), mixer.remember(state, k, v, mask)
 
-    def _inside_room(self, y: Tensor, state: State) -> Tensor:
+    def _inside_room(self, y: Tensor, positions: Tensor) -> Tensor:
         """Return outputs, with NaN at tokens for which attention has no room.
 
         A program cannot raise an error, so the outputs must show that there is no room.
 
         Args:
             y: The outputs, (batch, length, width).
-            state: The state before these tokens.
+            positions: The number of tokens before each of these tokens, (batch, length).
         """
         if self.context is None:
             return y
-        assert isinstance(state, SoftmaxAttentionState)
-        positions = state.real[:, None] + torch.arange(y.shape[1], device=y.device)
         nothing = torch.full((), math.nan, dtype=y.dtype, device=y.device)
         return torch.where((positions < self.context)[..., None], y, nothing)

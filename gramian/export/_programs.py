@@ -33,13 +33,16 @@ _NEEDS = 'exporting to ONNX needs onnx, onnxscript and onnxruntime: pip install 
 class Stateful:
     """The two functions to export. Each maps an input and a state to an output and a next state.
 
+    The functions of models and mixers have padding in `prefill`: `mask` then names their third
+    argument. Padding leaves the state unchanged.
+
     Attributes:
         module: module that holds the parameters. The programs use their names in this module.
         constants: modules that hold tensors computed from the parameters.
         step: function that maps one token or sample and {name: state} to the output and
             {name: next state}.
         prefill: function that maps a chunk and {name: state} to the outputs and
-            {name: next state}.
+            {name: next state}. If there is a mask, (batch, length), int64, it comes third.
         states: the zero state of one sequence, {name: (1, …)}.
         step_input: example of the input of `step`, with a batch of 2.
         prefill_input: example of the input of `prefill`, with a batch of 2.
@@ -47,12 +50,13 @@ class Stateful:
         input: name of the input in the programs.
         output: name of the output in the programs.
         description: further entries of `export.json`.
+        mask: name of the mask of `prefill` in the programs. None if `prefill` takes no mask.
     """
 
     module: nn.Module
     constants: list[nn.Module]
     step: Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
-    prefill: Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+    prefill: Callable[..., tuple[Tensor, dict[str, Tensor]]]
     states: dict[str, Tensor]
     step_input: Tensor
     prefill_input: Tensor
@@ -60,6 +64,7 @@ class Stateful:
     input: str
     output: str
     description: dict[str, Any]
+    mask: str | None = None
 
 
 class _Program(nn.Module):
@@ -74,8 +79,10 @@ class _Program(nn.Module):
         self.constants = nn.ModuleList(what.constants)
         self._function = function
 
-    def forward(self, input: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._function(input, states)
+    def forward(
+        self, input: Tensor, states: dict[str, Tensor], *mask: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._function(input, states, *mask)
 
 
 def check_format(format: str) -> None:
@@ -131,14 +138,17 @@ def save_programs(what: Stateful, folder: Path, format: str) -> dict[str, Any]:
     states = {
         name: value.expand(2, *value.shape[1:]).clone() for name, value in what.states.items()
     }
+    length = what.prefill_input.shape[what.time]
+    masks = () if what.mask is None else (torch.ones(2, length, dtype=torch.int64),)
     programs = {}
-    for name, function, example, dims in (
-        ("step", what.step, what.step_input, (0,)),
-        ("prefill", what.prefill, what.prefill_input, (0, what.time)),
+    for name, function, example, dims, others in (
+        ("step", what.step, what.step_input, (0,), ()),
+        ("prefill", what.prefill, what.prefill_input, (0, what.time), masks),
     ):
-        shapes = (dict.fromkeys(dims, open_), {state: {0: open_} for state in states})
+        shapes: list[Any] = [dict.fromkeys(dims, open_), {state: {0: open_} for state in states}]
+        shapes += [tuple(dict.fromkeys((0, 1), open_) for _ in others)] if others else []
         programs[name] = torch.export.export(
-            _Program(what, function), (example, states), dynamic_shapes=shapes
+            _Program(what, function), (example, states, *others), dynamic_shapes=tuple(shapes)
         )
     if format == "torch":
         for name, program in programs.items():
@@ -156,6 +166,7 @@ def save_programs(what: Stateful, folder: Path, format: str) -> dict[str, Any]:
             "step": _open(what.step_input),
             "prefill": _open(what.prefill_input, what.time),
         },
+        "mask": _mask(what),
         "output": {"name": what.output},
         "states": [
             {
@@ -168,7 +179,7 @@ def save_programs(what: Stateful, folder: Path, format: str) -> dict[str, Any]:
             for name, value in what.states.items()
         ],
     }
-    (folder / MANIFEST).write_text(to_json(description, indent=2) + "\n")
+    (folder / MANIFEST).write_text(to_json(description, indent=2) + "\n", encoding="utf-8")
     return description
 
 
@@ -183,7 +194,7 @@ def _save_onnx(programs: dict[str, Any], folder: Path, what: Stateful) -> None:
                 program,
                 dynamo=True,
                 verbose=False,
-                input_names=[what.input, *what.states],
+                input_names=[what.input, *what.states, *_masks_of(name, what)],
                 output_names=[what.output, *(f"next.{state}" for state in what.states)],
             )
             assert exported is not None
@@ -227,6 +238,18 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _masks_of(program: str, what: Stateful) -> list[str]:
+    """Return the names of the masks that a program takes."""
+    return [] if what.mask is None or program == "step" else [what.mask]
+
+
+def _mask(what: Stateful) -> dict[str, Any] | None:
+    """Return the description of the mask."""
+    if what.mask is None:
+        return None
+    return {"name": what.mask, "dtype": "int64", "prefill": ["batch", "length"]}
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -19,7 +19,7 @@ from gramian.export._generation import Rules
 __all__ = ["ExportedModel", "ExportedRecurrence", "ExportedState"]
 
 _Arrays = dict[str, np.ndarray]
-_Program = Callable[[np.ndarray, _Arrays], tuple[np.ndarray, _Arrays]]
+_Program = Callable[..., tuple[np.ndarray, _Arrays]]
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,26 @@ class ExportedState:
 
     Attributes:
         tensors: the arrays that `export.json` lists, {name: (batch, …)}.
-        taken: number of tokens or samples that the state has seen. If it is not given, it is read
-            from the counts of tokens in the state of attention. Without attention, it is None.
+        taken: number of tokens or samples that the longest sequence has seen, padding excluded. If
+            neither it nor `counts` is given, it is read from the state of attention. Without
+            attention, it is None.
+        counts: number of tokens or samples that each sequence has seen, (batch), integers; by
+            default, `taken` for all sequences. It is None if `taken` is None.
     """
 
     tensors: dict[str, np.ndarray]
     taken: int | None = None
+    counts: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        if self.taken is None:
-            counts = [int(t.max()) for n, t in self.tensors.items() if _counts(n, t) and t.size]
-            object.__setattr__(self, "taken", max(counts, default=None))
+        counts = self.counts
+        if counts is None and self.taken is not None:
+            counts = np.full(self.batch_size, self.taken)
+        if counts is None:
+            counts = next((t for n, t in self.tensors.items() if _counts(n, t)), None)
+        if counts is not None and len(counts):
+            object.__setattr__(self, "counts", counts)
+            object.__setattr__(self, "taken", int(counts.max()))
 
     @property
     def batch_size(self) -> int:
@@ -81,6 +90,7 @@ class _Exported:
             )
         self.context: int | None = self.description["context"]
         self._states: list[dict[str, Any]] = self.description["states"]
+        self._mask: dict[str, Any] | None = self.description.get("mask")
         self._dtype = np.dtype(self.description["input"]["dtype"])
         if self.description["format"] == "onnx":
             self._step, self._prefill = (
@@ -113,19 +123,50 @@ class _Exported:
             taken=0,
         )
 
-    def _run(
-        self, program: _Program, given: np.ndarray, state: ExportedState, count: int
+    def _run_step(
+        self, given: np.ndarray, state: ExportedState
     ) -> tuple[np.ndarray, ExportedState]:
+        counts = self._counts_after(given, state, 1)
+        output, tensors = self._step(given, state.tensors)
+        return output, ExportedState(tensors, counts=counts)
+
+    def _run_prefill(
+        self, given: np.ndarray, state: ExportedState, real: np.ndarray
+    ) -> tuple[np.ndarray, ExportedState]:
+        """Run `prefill` where `real` (batch, length) is false for padding."""
+        counts = self._counts_after(given, state, real.sum(1))
+        mask = None if self._mask is None else real.astype(self._mask["dtype"])
+        output, tensors = self._prefill(given, state.tensors, mask)
+        return output, ExportedState(tensors, counts=counts)
+
+    def _counts_after(self, given: np.ndarray, state: ExportedState, more: Any) -> Any:
+        """Return the numbers of tokens of the sequences after a call, if they are known."""
         if len(given) != state.batch_size:
             raise ValueError(f"the input has {len(given)} sequences, the state {state.batch_size}.")
-        taken = None if state.taken is None else state.taken + count
-        if self.context is not None and taken is not None and taken > self.context:
+        counts = None if state.counts is None else state.counts + more
+        if self.context is not None and counts is not None and max(counts) > self.context:
             raise ValueError(
-                f"attention here has room for {self.context} tokens, {taken} are wanted: export "
-                "again with a larger context."
+                f"attention here has room for {self.context} tokens, {max(counts)} are wanted: "
+                "export again with a larger context."
             )
-        output, tensors = program(given, state.tensors)
-        return output, ExportedState(tensors, taken)
+        return counts
+
+    def _read_mask(self, mask: Any, shape: tuple[int, int]) -> np.ndarray:
+        """Return a mask as booleans (batch, length)."""
+        if mask is None:
+            return np.ones(shape, dtype=bool)
+        if self._mask is None:
+            raise ValueError(
+                f"the programs of this {self.description['kind']} take no mask: give sequences of "
+                "one length."
+            )
+        array = np.asarray(mask)
+        if array.shape != shape or not np.isin(array, (0, 1)).all():
+            raise ValueError(
+                f"{self._mask['name']} must be {shape} of ones for tokens and zeros for padding; "
+                f"got {array.dtype} {array.shape}."
+            )
+        return array.astype(bool)
 
     def _onnx(self, file: Path, threads: int | None, providers: list[str] | None) -> _Program:
         try:
@@ -142,11 +183,15 @@ class _Exported:
             str(file), options, providers=providers or ["CPUExecutionProvider"]
         )
         name = self.description["input"]["name"]
+        hidden = self._mask["name"] if self._mask else ""
         outputs = [self.description["output"]["name"], *(s["output"] for s in self._states)]
         inputs = [state["input"] for state in self._states]
 
-        def run(given: np.ndarray, tensors: _Arrays) -> tuple[np.ndarray, _Arrays]:
-            first, *rest = session.run(outputs, {name: given, **tensors})
+        def run(
+            given: np.ndarray, tensors: _Arrays, mask: np.ndarray | None = None
+        ) -> tuple[np.ndarray, _Arrays]:
+            masks = {} if mask is None else {hidden: mask}
+            first, *rest = session.run(outputs, {name: given, **masks, **tensors})
             return first, dict(zip(inputs, rest, strict=True))
 
         return run
@@ -156,12 +201,13 @@ class _Exported:
 
         module = torch.export.load(file).module()
 
-        def run(given: np.ndarray, tensors: _Arrays) -> tuple[np.ndarray, _Arrays]:
+        def run(
+            given: np.ndarray, tensors: _Arrays, mask: np.ndarray | None = None
+        ) -> tuple[np.ndarray, _Arrays]:
+            masks = () if mask is None else (torch.from_numpy(mask),)
+            states = {name: torch.from_numpy(array) for name, array in tensors.items()}
             with torch.no_grad():
-                output, after = module(
-                    torch.from_numpy(given),
-                    {name: torch.from_numpy(array) for name, array in tensors.items()},
-                )
+                output, after = module(torch.from_numpy(given), states, *masks)
             return output.numpy(), {name: tensor.numpy() for name, tensor in after.items()}
 
         return run
@@ -186,32 +232,53 @@ class ExportedModel(_Exported):
     _maker = "export_model"
 
     def prefill(
-        self, input_ids: Any, state: ExportedState | None = None, *, chunk_size: int = 1024
+        self,
+        input_ids: Any,
+        state: ExportedState | None = None,
+        *,
+        attention_mask: Any = None,
+        chunk_size: int = 1024,
     ) -> tuple[np.ndarray, ExportedState]:
-        """Read a prompt of any length, without padding, in chunks.
+        """Read prompts of any length in chunks.
+
+        Padding does not count as time. So a row has the logits and the state that it would have
+        without padding.
 
         Args:
             input_ids: Token ids, (batch, length), integers, with a length of at least 1.
             state: The state from which to continue; by default, the zero state.
+            attention_mask: (batch, length), 1 for a token and 0 for padding, which may be anywhere
+                in a row; by default, there is no padding.
             chunk_size: Number of tokens that are read at once.
 
         Returns:
-            The logits of the token that follows, (batch, vocab_size), and the state after the
-            prompt.
+            The logits of the token that follows the last token of each row, (batch, vocab_size),
+            and the state after the prompt.
 
         Raises:
-            ValueError: if the ids have another shape or dtype; if an id is outside of the
-                vocabulary; if the state has another batch size; if `chunk_size` is below 1; or if
-                there are more tokens than attention has room for.
+            ValueError: if the ids or the mask have another shape or dtype; if an id is outside of
+                the vocabulary; if a row has no token; if the programs take no mask; if the state
+                has another batch size; if `chunk_size` is below 1; or if there are more tokens than
+                attention has room for.
         """
         ids = self._checked(input_ids)
+        real = self._read_mask(attention_mask, ids.shape)
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1; got {chunk_size}.")
+        if not real.any(1).all():
+            raise ValueError(
+                f"row {int(real.any(1).argmin())} of attention_mask has no token, so no token "
+                "follows."
+            )
         state = self.initial_state(len(ids)) if state is None else state
+        if not real.all():  # move the tokens to the last columns, and leave out needless columns
+            order = real.argsort(1, kind="stable")[:, -real.sum(1).max() :]
+            ids, real = (np.take_along_axis(array, order, 1) for array in (ids, real))
         logits = None
         for begin in range(0, ids.shape[1], chunk_size):
-            part = np.ascontiguousarray(ids[:, begin : begin + chunk_size])
-            logits, state = self._run(self._prefill, part, state, part.shape[1])
+            chunk = slice(begin, begin + chunk_size)
+            part = np.ascontiguousarray(ids[:, chunk])
+            logits, state = self._run_prefill(part, state, real[:, chunk])
         assert logits is not None
         return logits, state
 
@@ -233,13 +300,14 @@ class ExportedModel(_Exported):
         ids = self._checked(ids[:, None] if ids.ndim == 1 else ids)
         if ids.shape[1] != 1:
             raise ValueError(f"a step takes one token a sequence; got {ids.shape[1]}.")
-        return self._run(self._step, ids, state, 1)
+        return self._run_step(ids, state)
 
     def generate(
         self,
         input_ids: Any,
         max_new_tokens: int,
         *,
+        attention_mask: Any = None,
         temperature: float | None = None,
         seed: int = 0,
     ) -> np.ndarray:
@@ -253,6 +321,7 @@ class ExportedModel(_Exported):
         Args:
             input_ids: Token ids of the prompts, as for `prefill`.
             max_new_tokens: Maximal number of new tokens, at least 1.
+            attention_mask: Mask of padded prompts, as for `prefill`.
             temperature: Temperature for sampling within the restrictions of the settings. If it is
                 0, the most likely token is chosen. By default, the settings decide.
             seed: Seed of the sampling.
@@ -273,7 +342,7 @@ class ExportedModel(_Exported):
         ids = self._checked(input_ids)
         prompt, draw = ids.shape[1], np.random.default_rng(seed)
         end = prompt + max_new_tokens
-        logits, state = self.prefill(ids)
+        logits, state = self.prefill(ids, attention_mask=attention_mask)
         ended = np.zeros(len(ids), dtype=bool)
         while True:
             tokens = rules.choose(ids, logits, prompt, end, draw)
@@ -308,25 +377,28 @@ class ExportedRecurrence(_Exported):
     _maker = "export_recurrence"
 
     def prefill(
-        self, x: Any, state: ExportedState | None = None
+        self, x: Any, state: ExportedState | None = None, *, mask: Any = None
     ) -> tuple[np.ndarray, ExportedState]:
         """Process a chunk of samples.
 
         Args:
             x: The chunk: (batch, length, width) for a mixer, (batch, *C, length) for a system.
             state: The state from which to continue; by default, the zero state.
+            mask: (batch, length), 1 for a sample and 0 for padding, which may be anywhere and
+                leaves the state unchanged; by default, there is no padding. A system takes none.
 
         Returns:
-            The outputs, in the shape of `x`, and the state after the chunk.
+            The outputs, in the shape of `x` and zero at padding, and the state after the chunk.
 
         Raises:
-            ValueError: if `x` has another shape, if the state has another batch size, or if
-                attention has no room.
+            ValueError: if `x` or `mask` has another shape, if the programs take no mask, if the
+                state has another batch size, or if attention has no room.
         """
         x = self._checked(x, "prefill")
-        state = self.initial_state(len(x)) if state is None else state
         time = self.description["input"]["prefill"].index("length")
-        return self._run(self._prefill, x, state, x.shape[time])
+        real = self._read_mask(mask, (len(x), x.shape[time]))
+        state = self.initial_state(len(x)) if state is None else state
+        return self._run_prefill(x, state, real)
 
     def step(self, x_t: Any, state: ExportedState) -> tuple[np.ndarray, ExportedState]:
         """Process one sample of each sequence.
@@ -341,7 +413,7 @@ class ExportedRecurrence(_Exported):
         Raises:
             ValueError: in the same cases as `prefill`.
         """
-        return self._run(self._step, self._checked(x_t, "step"), state, 1)
+        return self._run_step(self._checked(x_t, "step"), state)
 
     def _checked(self, x: Any, program: str) -> np.ndarray:
         array = np.asarray(x, dtype=self._dtype)

@@ -67,7 +67,8 @@ def verify_model(
 ) -> ExportReport:
     """Compare the greedy tokens of an exported model with the greedy tokens of PyTorch.
 
-    Both models continue two random prompts, and both read the tokens that PyTorch chooses. As long
+    Both models continue two random prompts, the second of which is shorter and padded on the left.
+    Both read the tokens that PyTorch chooses. As long
     as all choices agree, two independent runs would generate the same text. If the choices differ,
     but PyTorch's logits of the two tokens differ by no more than the accepted difference of
     outputs, the choice is a tie. If the model has generation settings, the generation with these
@@ -92,9 +93,10 @@ def verify_model(
         tokens = min(tokens, run.context - length)
     tolerance = _tolerance(description, model.dtype)
     ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
+    mask = _mask(length)
     differences, ties = _Differences(), 0
-    found, state = run.prefill(ids.numpy())
-    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    found, state = run.prefill(ids.numpy(), attention_mask=mask.numpy())
+    output = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
     for index in range(tokens):
         expected = output.logits[:, -1]
         differences.add(found, expected, prefill=index == 0)
@@ -117,13 +119,18 @@ def verify_model(
             )
     differences.check(tolerance)
     if description["generation"]:
-        _verify_rules(model, ids, description["generation"], tokens, seed)
-        _verify_generation(model, run, ids, tokens, tolerance * differences.scale)
+        _verify_rules(model, ids, mask, description["generation"], tokens, seed)
+        _verify_generation(model, run, ids, mask, tokens, tolerance * differences.scale)
     return _report(run, description, differences, tokens, ties)
 
 
 def _verify_rules(
-    model: GramianForCausalLM, ids: Tensor, settings: dict[str, Any], tokens: int, seed: int
+    model: GramianForCausalLM,
+    ids: Tensor,
+    mask: Tensor,
+    settings: dict[str, Any],
+    tokens: int,
+    seed: int,
 ) -> None:
     """Compare the probabilities that `Rules` and transformers compute from the same logits.
 
@@ -132,7 +139,7 @@ def _verify_rules(
     """
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)
-        written = _generate(model, ids, tokens, output_scores=True, output_logits=True)
+        written = _generate(model, ids, mask, tokens, output_scores=True, output_logits=True)
     rules, prompt = Rules(settings), ids.shape[1]
     for index, (logits, scores) in enumerate(zip(written.logits, written.scores, strict=True)):
         past = written.sequences[:, : prompt + index].numpy()
@@ -146,7 +153,12 @@ def _verify_rules(
 
 
 def _verify_generation(
-    model: GramianForCausalLM, run: ExportedModel, ids: Tensor, tokens: int, rounding: float
+    model: GramianForCausalLM,
+    run: ExportedModel,
+    ids: Tensor,
+    mask: Tensor,
+    tokens: int,
+    rounding: float,
 ) -> None:
     """Compare the texts that the exported model and `model.generate` greedily generate.
 
@@ -157,8 +169,9 @@ def _verify_generation(
         RuntimeError: if the texts diverge at another token, or end at different lengths.
     """
     with _quiet():
-        written = _generate(model, ids, tokens, do_sample=False, output_scores=True)
-    expected, found = written.sequences.numpy(), run.generate(ids.numpy(), tokens, temperature=0)
+        written = _generate(model, ids, mask, tokens, do_sample=False, output_scores=True)
+    expected = written.sequences.numpy()
+    found = run.generate(ids.numpy(), tokens, attention_mask=mask.numpy(), temperature=0)
     length = min(expected.shape[1], found.shape[1])
     parted = False
     for row, (one, other) in enumerate(zip(expected[:, :length], found[:, :length], strict=True)):
@@ -179,10 +192,19 @@ def _verify_generation(
         )
 
 
-def _generate(model: GramianForCausalLM, ids: Tensor, tokens: int, **options: Any) -> Any:
+def _mask(length: int) -> Tensor:
+    """Return a mask (2, length) with padding on the left of the second row."""
+    mask = torch.ones(2, length, dtype=torch.int64)
+    mask[1, : length // 3] = 0
+    return mask
+
+
+def _generate(
+    model: GramianForCausalLM, ids: Tensor, mask: Tensor, tokens: int, **options: Any
+) -> Any:
     return model.generate(
         ids,
-        attention_mask=torch.ones_like(ids),
+        attention_mask=mask,
         max_new_tokens=tokens,
         return_dict_in_generate=True,
         **options,
@@ -215,7 +237,8 @@ def verify_recurrence(
 ) -> ExportReport:
     """Compare the outputs of an exported recurrence and of PyTorch for random samples.
 
-    Both recurrences process a chunk of two sequences, and then single steps.
+    Both recurrences process a chunk of two sequences, and then single steps. If they take a mask,
+    the second sequence is padded.
 
     Args:
         recurrence: The recurrence in PyTorch.
@@ -238,8 +261,14 @@ def verify_recurrence(
     draws = torch.randn(length + samples, *shape, generator=generator, dtype=dtype)
     chunk = draws[:length].movedim(0, time)
     differences = _Differences()
-    found, state = run.prefill(chunk.numpy())
-    expected, reference = recurrence.prefill(chunk)
+    if isinstance(recurrence, MixerRecurrence):
+        mask = _mask(length)
+        found, state = run.prefill(chunk.numpy(), mask=mask.numpy())
+        expected, reference = recurrence.prefill(chunk, mask=mask)
+        expected = expected * mask[..., None]
+    else:
+        found, state = run.prefill(chunk.numpy())
+        expected, reference = recurrence.prefill(chunk)
     differences.add(found, expected, prefill=True)
     for sample in draws[length:]:
         found, state = run.step(sample.numpy(), state)

@@ -115,10 +115,10 @@ class Filter(SinglePrecisionModule, abc.ABC):
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items() if k != "type")
 
 
-def check_lr(lr: float | None) -> float | None:
+def check_lr(lr: float | None, name: str = "lr") -> float | None:
     """Return `lr`, or raise a ValueError unless it is None or a finite number of at least 0."""
     if lr is not None and not (isinstance(lr, int | float) and 0 <= lr < float("inf")):
-        raise ValueError(f"lr must be None or a learning rate of at least 0; got {lr!r}.")
+        raise ValueError(f"{name} must be None or a learning rate of at least 0; got {lr!r}.")
     return lr
 
 

@@ -12,19 +12,24 @@ from gramian.filters._filter import Filter
 __all__ = ["parameter_groups"]
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, *, decay_all: bool = False
+) -> list[dict[str, Any]]:
     """Make parameter groups for `torch.optim.AdamW` and similar optimizers, from any module.
 
     The module may or may not contain filters of this library. Every trainable parameter is in
     exactly one group. Parameters with equal options share a group, and a parameter that is used in
     several places counts once. The options in `Filter.optimizer_hints` are absolute values, not
-    factors. Other parameters have weight decay. The exceptions are parameters with fewer than two
-    dimensions (biases and norms), embeddings, and parameters that are tied to an embedding.
+    factors. Other parameters have weight decay. By default, the exceptions are parameters with
+    fewer than two dimensions (biases and norms), embeddings, and parameters that are tied to an
+    embedding.
 
     Args:
         model: Any module. Parameters that do not require gradients are left out.
         lr: The learning rate of parameters without a hint.
         weight_decay: The weight decay of parameters without a hint, if they are decayed at all.
+        decay_all: Whether these exceptions have weight decay too, as they have in
+            `torch.optim.AdamW` without groups, and in the published code of Hyena, RTF and Zoology.
 
     Returns:
         Dicts with `params`, `lr`, `weight_decay` and further options of the hints, in the
@@ -51,7 +56,7 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
     groups: dict[tuple[tuple[str, float], ...], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            decayed = parameter.ndim > 1 and parameter not in embeddings
+            decayed = decay_all or (parameter.ndim > 1 and parameter not in embeddings)
             options = {"lr": lr, "weight_decay": weight_decay if decayed else 0.0}
             options |= hints.get(parameter, {})
             groups.setdefault(tuple(sorted(options.items())), []).append(parameter)

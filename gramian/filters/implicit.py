@@ -44,16 +44,19 @@ class ImplicitFilter(Filter):
         normalized: Whether to divide every tap by its l1 norm over the *channels*, as the published
             code does.
         bias: Whether to add a trainable direct term at tap 0.
-        trainable_time: Whether the time features are parameters, with the published learning rate
-            of 1e-5 (see `optimizer_hints`), or fixed.
+        trainable_time: Whether the time features are parameters, with the learning rate `time_lr`,
+            or fixed.
         stored_time: Whether fixed time features are saved with the weights and loaded with them. By
             default they are computed again. Only its stored features reproduce a published model
             exactly. Other rounding changes the kernel, since the MLP multiplies differences by ω in
             every layer.
-        lr: The learning rate of the filter's parameters; by default that of the model.
+        lr: The learning rate of the MLP; by default that of the model. The direct term has the
+            learning rate and the weight decay of the model, as in the published code.
+        time_lr: The learning rate of trained time features. The default is that of the published
+            layer; its configuration for the Pile has the learning rate of the model.
 
     Raises:
-        ValueError: if `embedding_features` is even or below 3, or if `lr` is negative.
+        ValueError: if `embedding_features` is even or below 3, or if a learning rate is negative.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class ImplicitFilter(Filter):
         trainable_time: bool = False,
         stored_time: bool = False,
         lr: float | None = None,
+        time_lr: float | None = 1e-5,
     ) -> None:
         super().__init__(channels, max_length)
         if embedding_features < 3 or embedding_features % 2 == 0:
@@ -100,6 +104,7 @@ class ImplicitFilter(Filter):
         self.trainable_time = trainable_time
         self.stored_time = stored_time
         self.lr = check_lr(lr)
+        self.time_lr = check_lr(time_lr, "time_lr")
 
         widths = [embedding_features] + [hidden] * (inner_layers + 1)
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(widths))
@@ -185,12 +190,14 @@ class ImplicitFilter(Filter):
             "trainable_time": self.trainable_time,
             "stored_time": self.stored_time,
             "lr": self.lr,
+            "time_lr": self.time_lr,
         }
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
-        """Return no weight decay for any parameter, and a rate of 1e-5 for the time features."""
-        options = {"weight_decay": 0.0} | ({} if self.lr is None else {"lr": self.lr})
-        hints = {name: dict(options) for name, _ in self.named_parameters()}
-        if "features" in hints:
-            hints["features"]["lr"] = 1e-5
+        """Return no weight decay and the learning rates, for all parameters but the direct term."""
+        hints: dict[str, dict[str, float]] = {}
+        for name, _ in self.named_parameters():
+            rate = self.time_lr if name == "features" else self.lr
+            if name != "bias":
+                hints[name] = {"weight_decay": 0.0} | ({} if rate is None else {"lr": rate})
         return hints

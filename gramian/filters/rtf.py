@@ -35,6 +35,7 @@ _PRECISIONS = ("auto", "double", "single")
 _INITIALIZATIONS = ("zeros", "xavier", "montel", "schur", "uniform")
 _DIRECT = ("normal", "one")
 _SCOPES = ("denominators", "all")
+_SLACKS = ("one", "uniform")
 
 _REFLECTION_LIMIT = 1 - 1e-6
 """Reflection coefficients stay below this, so that rounding does not make them 1."""
@@ -99,10 +100,18 @@ class RTF(RationalFilter):
         weight_decay: The weight decay of the parameters in `optimizer_scope`, whatever that of the
             model. By default it is 0, since weight decay moves poles.
         optimizer_scope: The parameters to which `lr` and `weight_decay` apply: those of the
-            "denominators", or "all", with the numerators and the direct terms.
+            "denominators", or "all" coefficients, with the numerators and the direct terms. A slack
+            belongs to the former only; with "all" it is trained as the rest of the model.
+        direct_scale: A constant c, above 0. The direct term is `c h_0`. The published Hyena-RTF has
+            c = 2: Hyena adds `h_0 u` to the output of a convolution whose kernel has h_0 already.
+        slack_initialization: How the slack s of "montel" starts. "one" sets it to 1, with θ for
+            which `a = θ / (‖θ‖₁ + s)` are the drawn coefficients wherever Montel's bound admits
+            them. "uniform" draws it uniformly from 0 to 1 and takes the drawn coefficients for θ,
+            as the published code does.
 
     Raises:
-        ValueError: if an argument does not have one of the values described here.
+        ValueError: if an argument does not have one of the values described here, or if
+            `slack_initialization` is "uniform" without the stability "montel".
     """
 
     def __init__(
@@ -119,6 +128,8 @@ class RTF(RationalFilter):
         direct: str = "normal",
         weight_decay: float = 0.0,
         optimizer_scope: str = "denominators",
+        direct_scale: float = 1.0,
+        slack_initialization: str = "one",
     ) -> None:
         super().__init__(channels, max_length)
         if not 1 <= state_size < max_length:
@@ -132,9 +143,16 @@ class RTF(RationalFilter):
             ("precision", precision, _PRECISIONS),
             ("direct", direct, _DIRECT),
             ("optimizer_scope", optimizer_scope, _SCOPES),
+            ("slack_initialization", slack_initialization, _SLACKS),
         ):
             check_choice(name, value, accepted)
         check_not_negative(weight_decay=weight_decay)
+        check_positive(direct_scale=direct_scale)
+        if slack_initialization == "uniform" and stability != "montel":
+            raise ValueError(
+                'only stability "montel" has a slack; got slack_initialization "uniform" with '
+                f'stability "{stability}".'
+            )
         if stability == "schur" and initialization == "xavier":
             raise ValueError(
                 'the initialization "xavier" can be unstable, which stability "schur" cannot hold; '
@@ -160,6 +178,8 @@ class RTF(RationalFilter):
         self.direct = direct
         self.weight_decay = weight_decay
         self.optimizer_scope = optimizer_scope
+        self.direct_scale = float(direct_scale)
+        self.slack_initialization = slack_initialization
         coefficients = nn.Parameter(torch.empty(num_denominators, state_size))
         if stability == "schur":
             self.theta = coefficients
@@ -180,7 +200,7 @@ class RTF(RationalFilter):
         drawn = torch.empty_like(self.theta if self.stability == "schur" else self.a)
         if self.initialization != "schur":
             nn.init.uniform_(drawn, low, high)
-            if self.initialization == "uniform":
+            if "uniform" in (self.initialization, self.slack_initialization):
                 self._set_bounded(drawn, nn.init.uniform_(drawn.new_empty(len(drawn))))
             else:
                 self._set(drawn)
@@ -275,6 +295,10 @@ class RTF(RationalFilter):
             return _bounded(self.a.to(self._dtype), self.slack)
         return self.a.clone()
 
+    def direct_term(self) -> Tensor:
+        """Return tap 0 of the kernels, `direct_scale` times the parameters h_0: (channels,)."""
+        return self.direct_scale * self.d
+
     @torch.no_grad()
     def poles(self) -> Tensor:
         """Return the zeros of the denominators: (num_denominators, n), complex128."""
@@ -314,13 +338,13 @@ class RTF(RationalFilter):
                 '"exact".'
             )
         a = self.denominator().repeat_interleave(self.channels // self.num_denominators, 0)
-        return single_precision_error(self.b, a, self.d, self.grid)
+        return single_precision_error(self.b, a, self.direct_term(), self.grid)
 
     def forward(self, length: int | None = None) -> TransferFunction:
         shared = (self.num_denominators, self.channels // self.num_denominators)
         length = at_most(length, self.max_length)
         # These are copies, because a sharded parameter is whole only until this function returns.
-        b, d = self.b.clone().reshape(*shared, -1), self.d.clone().reshape(shared)
+        b, d = self.b.clone().reshape(*shared, -1), self.direct_term().reshape(shared)
         a = self.denominator().unsqueeze(1)
         reflection = self.reflection().unsqueeze(1) if self.stability == "schur" else None
         if self.numerator == "truncated":
@@ -369,7 +393,7 @@ class RTF(RationalFilter):
         size = self.grid if self.numerator == "truncated" else 2 * self.grid
         spectrum = torch.fft.rfft(nn.functional.pad(a, (1, 0), value=1.0), size)
         product = torch.fft.irfft(spectrum * torch.fft.rfft(taps, size), size)
-        self.d.copy_(product[:, 0])
+        self.d.copy_(product[:, 0] / self.direct_scale)
         self.b.copy_(product[:, 1 : self.state_size + 1] - product[:, :1] * a)
 
     def config(self) -> dict[str, Any]:
@@ -385,13 +409,15 @@ class RTF(RationalFilter):
             "direct": self.direct,
             "weight_decay": self.weight_decay,
             "optimizer_scope": self.optimizer_scope,
+            "direct_scale": self.direct_scale,
+            "slack_initialization": self.slack_initialization,
         }
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
         """Return `weight_decay`, and `lr` if given, for the parameters in `optimizer_scope`."""
         options = {"weight_decay": self.weight_decay}
         options |= {} if self.lr is None else {"lr": self.lr}
-        others = () if self.optimizer_scope == "all" else ("b", "d")
+        others = ("slack",) if self.optimizer_scope == "all" else ("b", "d")
         return {name: dict(options) for name, _ in self.named_parameters() if name not in others}
 
     @classmethod

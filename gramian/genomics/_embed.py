@@ -15,6 +15,7 @@ from gramian.genomics._score import blocks_of
 from gramian.genomics._sequences import Alphabet, Codes, Records, Source, open_records
 from gramian.genomics._tokenizers import tokenizer_of
 from gramian.models import GramianCache, GramianPreTrainedModel
+from gramian.ops.devices import has_float64
 
 __all__ = ["POOLS", "Embedder", "Embedding", "embed"]
 
@@ -200,7 +201,7 @@ class Embedder:
                 last = torch.from_numpy(tokens[some] - 1).to(states.device)
                 found[some] = states[rows, last].cpu().double().numpy()
                 continue
-            wide = torch.float32 if states.device.type == "mps" else torch.float64
+            wide = torch.float64 if has_float64(states.device) else torch.float32
             if mask is not None:
                 hidden = torch.from_numpy(~mask).to(states.device)
                 states = states.masked_fill(hidden.unsqueeze(-1), 0)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from gramian._modules import in_mode
-from gramian.analysis import RecordedOperator, record_operators, window_attention, window_maps
+from gramian.analysis import RecordedOperator, record_operators, window_maps
 from gramian.ess import effective_state_size, realization_errors
 from gramian.evaluation import perplexity
 from gramian.hybrids._plan import HybridPlan, PlannedLayer, check_choice
+from gramian.hybrids._replacement import Fitted, Replacement, kind_of
 from gramian.tasks import Document, Encoder, documents_in
 from gramian.tasks.windows import spread_windows
 
@@ -34,17 +35,20 @@ def plan_hybrid(
     *,
     replace: int | float,
     by: str = "layer",
-    criterion: str = "output",
+    kind: str = "window",
+    criterion: str | None = None,
     window: int = 64,
     sinks: int = 4,
     orders: Sequence[int] = (1, 2, 4, 8, 16, 32),
     state: int = 16,
     length: int = 512,
     sequences: int = 4,
+    fit_sequences: int = 16,
+    fit_steps: int = 60,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> HybridPlan:
-    """Plan which attention layers or heads of a language model a sliding window replaces.
+    """Plan which attention layers or heads of a language model a window or a recurrence replaces.
 
     The model reads a few sequences of the text. For every head the plan says how large a state it
     needs (`gramian.effective_state_size`), how far recurrences of n states are from its map
@@ -52,7 +56,12 @@ def plan_hybrid(
     maps on the given text: a recurrence that computes one of them is not a layer that computes the
     next one. `try_hybrid` measures what the plan costs.
 
-    The layers that can be replaced are those that `gramian.analysis.window_attention` takes.
+    With the kind "recurrence", every layer is also fitted by a gated linear recurrence of `state`
+    states for each head, beside the window (`gramian.hybrids.LayerRecurrence`), while the model
+    stays as it is. The plan says what this recurrence loses on sequences that were not fitted.
+
+    The layers that can be replaced are those that `gramian.analysis.replace_attention` takes. A
+    recurrence needs causal softmax attention to the whole past.
 
     Args:
         model: A causal language model of Gramian or transformers.
@@ -63,18 +72,23 @@ def plan_hybrid(
             and values take this share of the bytes of the cache.
         by: "layer", or "head" to choose heads on their own. Heads that share keys and values are
             replaced together.
-        criterion: One of `CRITERIA`. "output" is meant for windows, and "realization" for
-            recurrences of `state` states. "loss" takes a forward pass for every layer or group of
-            heads and each sequence.
+        kind: "window", or "recurrence" for a recurrence fitted on the text, beside the window.
+        criterion: One of `CRITERIA`; by default "output" for windows and "recurrence" for
+            recurrences. "loss" takes a forward pass for every layer or group of heads and each
+            sequence, and its noise is large unless there are many sequences.
         window: Number w of the last tokens that a replaced head sees, its own included.
         sinks: Number of the first tokens that it sees, too.
         orders: Numbers n of states for which errors are measured.
-        state: The one of them by which the criterion "realization" chooses.
+        state: The one of them by which the criterion "realization" chooses, and the number of
+            states of fitted recurrences.
         length: Number of tokens of a sequence. It should be well above the window.
         sequences: Largest number of sequences. They are spread over the text.
-        seed: Seed of the criterion "random".
+        fit_sequences: Largest number of sequences for fitting recurrences, at least 2. A quarter of
+            them is kept for their errors.
+        fit_steps: Number of steps of the optimizer for each layer, a sequence each.
+        seed: Seed of the criterion "random", and of the fits.
         progress: A function that is called as `progress(done, total)` with numbers of forward
-            passes.
+            passes, or of fitted layers.
 
     Returns:
         The plan.
@@ -86,8 +100,13 @@ def plan_hybrid(
     """
     started = time.perf_counter()
     orders = tuple(orders)
-    _check(model, window, sinks, orders, length, sequences)
+    criterion = kind_of(kind).criterion if criterion is None else criterion
+    _check(model, window, sinks, orders, length, sequences, fit_sequences, fit_steps)
     check_choice(replace, by, criterion, orders, state)
+    if replace == 0:
+        raise ValueError("replace must be at least 1 layer or group of heads; got 0.")
+    if criterion == "recurrence" and not kind_of(kind).fitted:
+        raise ValueError('the criterion "recurrence" needs kind="recurrence".')
     rows = rows_of(text, tokenizer, length, sequences)
     if rows.shape[1] <= window:
         raise ValueError(
@@ -97,8 +116,24 @@ def plan_hybrid(
     measured, left = _measure(model, rows, tokenizer, orders, window, sinks, progress)
     layers = tuple(_planned(one, len(rows)) for one in measured)
     layers = _with_norms(model, layers, rows)
+    found = Fitted({}, {}, {}, {})
+    if kind_of(kind).fitted:
+        fit_rows = rows_of(text, tokenizer, length, fit_sequences)
+        found = kind_of(kind).fit(
+            model,
+            fit_rows,
+            [layer.name for layer in layers],
+            window=window,
+            sinks=sinks,
+            state=state,
+            steps=fit_steps,
+            seed=seed,
+            progress=progress,
+        )
+        layers, left = _with_fits(layers, left, found)
     if criterion == "loss":
-        layers = _with_losses(model, layers, rows, tokenizer, by, window, sinks, progress)
+        replacement = kind_of(kind)(window, sinks, state, found.parameters)
+        layers = _with_losses(model, layers, rows, tokenizer, by, replacement, progress)
     plan = HybridPlan(
         model=type(model).__name__,
         budget=replace,
@@ -114,6 +149,8 @@ def plan_hybrid(
         layers=layers,
         left=left,
         measured=(window, sinks),
+        kind=kind,
+        parameters=found.parameters,
     ).choose()
     return changed(plan, seconds=round(time.perf_counter() - started, 1))
 
@@ -297,20 +334,42 @@ def _with_norms(
     )
 
 
+def _with_fits(
+    layers: tuple[PlannedLayer, ...], left: tuple[tuple[str, str], ...], found: Fitted
+) -> tuple[tuple[PlannedLayer, ...], tuple[tuple[str, str], ...]]:
+    """Return the layers with the errors of their recurrences, and what is left.
+
+    Raises:
+        ValueError: if no layer can have a recurrence.
+    """
+    if not found.errors:
+        path, reason = next(iter(found.refused.items()))
+        raise ValueError(f"no layer can have a recurrence: {path}: {reason}")
+    fitted = tuple(
+        changed(
+            layer,
+            recurrence_errors=found.errors[layer.name],
+            state_bytes=found.state_bytes[layer.name],
+        )
+        for layer in layers
+        if layer.name in found.errors
+    )
+    return fitted, tuple(sorted((*left, *found.refused.items())))
+
+
 def _with_losses(
     model: nn.Module,
     layers: tuple[PlannedLayer, ...],
     rows: Tensor,
     tokenizer: Any,
     by: str,
-    window: int,
-    sinks: int,
+    replacement: Replacement,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[PlannedLayer, ...]:
     """Return the layers with the increase of the loss that each unit alone causes."""
 
     def loss(heads: dict[str, tuple[int, ...]]) -> float:
-        with window_attention(model, heads, window, sinks):
+        with replacement.applied(model, heads):
             return perplexity(
                 model, tokenizer, list(rows), window=rows.shape[1], stride=rows.shape[1]
             ).loss
@@ -330,7 +389,14 @@ def _with_losses(
 
 
 def _check(
-    model: Any, window: int, sinks: int, orders: Sequence[int], length: int, sequences: int
+    model: Any,
+    window: int,
+    sinks: int,
+    orders: Sequence[int],
+    length: int,
+    sequences: int,
+    fit_sequences: int,
+    fit_steps: int,
 ) -> None:
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise TypeError(
@@ -339,6 +405,11 @@ def _check(
         )
     window_maps(torch.eye(1), window, sinks)  # raises its errors before the model runs
     realization_errors(torch.eye(1), orders)
-    for name, value, least in (("length", length, 2), ("sequences", sequences, 1)):
+    for name, value, least in (
+        ("length", length, 2),
+        ("sequences", sequences, 1),
+        ("fit_sequences", fit_sequences, 2),
+        ("fit_steps", fit_steps, 0),
+    ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}; got {value}.")

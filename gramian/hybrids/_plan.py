@@ -12,36 +12,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from gramian._extras import require
 from gramian._json import to_json
 from gramian._staging import staged_file
 from gramian._tables import rich_table, text_table
-from gramian.analysis import window_attention
+from gramian.hybrids._replacement import Replacement, kind_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["CRITERIA", "HybridPlan", "PlannedLayer", "check_choice"]
 
-CRITERIA = ("output", "window", "realization", "state", "loss", "magnitude", "random")
+CRITERIA = (
+    *("output", "window", "realization", "recurrence", "state", "loss", "magnitude", "random"),
+)
 """What layers or heads can be chosen by; those with the smallest value are replaced first.
 
 - "output": relative error of what a head returns for its own values if it sees a window.
 - "window": relative error of the head's maps if it sees a window.
 - "realization": relative error of the recurrence of n states that `gramian.ess.realize` finds.
+- "recurrence": relative error of what a head returns if it has the recurrence that was fitted.
 - "state": effective state-size.
-- "loss": increase of the loss if the layer or head alone sees a window.
+- "loss": increase of the loss if the layer or head alone is replaced. It is a mean over the tokens
+  that were measured; with a few thousand, its noise is as large as the differences of many layers.
 - "magnitude": norm of the output of the layer or head.
 - "random": a random order, by the seed.
 """
 
 _FORMAT = "gramian.hybrid_plan/1"
+_UNMEASURED = {
+    "loss": 'the losses were not measured; plan with criterion="loss".',
+    "recurrence": 'no recurrences were fitted; plan with kind="recurrence".',
+}
+_PARAMETERS = ".safetensors"
 _NAMES = {"layer": "layers", "head": "groups of heads"}
-_COLUMNS = (
-    *("layer", "heads", "ESS", "error of {n} states", "of the window", "of its output"),
-    "replaced",
-)
+_ERRORS = {"of the window": "window", "of its output": "output"}
+_ERRORS_OF_FITS = {"of a window's output": "output", "of the fit": "recurrence"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,10 @@ class PlannedLayer:
             projection, (H).
         output_norm: the same for the output of the layer.
         loss_increases: increase of the loss in nats if one layer, or one group of heads after the
-            other, sees a window; None if it was not measured.
+            other, is replaced; None if it was not measured.
+        recurrence_errors: relative error of the output of each head, if it has the recurrence that
+            was fitted, on sequences that were not fitted, (H); None if none was fitted.
+        state_bytes: bytes of the states of the fitted recurrences of all heads.
         replaced: numbers of the heads that are replaced.
     """
 
@@ -76,6 +87,8 @@ class PlannedLayer:
     norms: tuple[float, ...]
     output_norm: float
     loss_increases: tuple[float, ...] | None = None
+    recurrence_errors: tuple[float, ...] | None = None
+    state_bytes: int = 0
     replaced: tuple[int, ...] = ()
 
     @property
@@ -102,8 +115,10 @@ class PlannedLayer:
             return _root_mean_square([self.errors[h][order] for h in heads])
         if criterion == "window":
             return _root_mean_square([self.window_errors[h] for h in heads])
-        if criterion == "output":
-            lost = math.hypot(*(self.output_errors[h] * self.norms[h] for h in heads))
+        if criterion in ("output", "recurrence"):
+            errors = self.output_errors if criterion == "output" else self.recurrence_errors
+            assert errors is not None
+            lost = math.hypot(*(errors[h] * self.norms[h] for h in heads))
             whole = math.hypot(*(self.norms[h] for h in heads))
             return lost / whole if whole else 0.0
         if criterion == "magnitude":
@@ -126,7 +141,8 @@ class HybridPlan:
         window: number of the last tokens that a replaced head sees.
         sinks: number of the first tokens that it sees, too.
         orders: numbers of states of the recurrences whose errors were measured.
-        state: the one of them by which the criterion "realization" chooses.
+        state: the one of them by which the criterion "realization" chooses, and the number of
+            states of fitted recurrences.
         length: number of tokens of each sequence that was read.
         sequences: number of these sequences.
         seed: seed of the criterion "random".
@@ -135,6 +151,9 @@ class HybridPlan:
         seconds: duration of the measurement in seconds.
         measured: the window and the number of first tokens for which errors were measured; None if
             they are those of the plan.
+        kind: what replaces the heads: "window", or "recurrence" for a fitted recurrence beside the
+            window.
+        parameters: the parameters of the fitted recurrences of all layers, by name.
     """
 
     model: str
@@ -152,11 +171,15 @@ class HybridPlan:
     left: tuple[tuple[str, str], ...] = ()
     seconds: float = 0.0
     measured: tuple[int, int] | None = None
+    kind: str = "window"
+    parameters: Mapping[str, Tensor] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @property
     def edited(self) -> bool:
         """Whether what is replaced is not what the criterion chooses."""
-        if self.criterion == "loss" and any(x.loss_increases is None for x in self.layers):
+        if self._unmeasured(self.criterion):
             return True
         return self.choose().replaced != self.replaced
 
@@ -192,23 +215,33 @@ class HybridPlan:
         return tuple(layer.name for layer in self.layers if not layer.replaced)
 
     def applied(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Return a context in which the replaced heads of a model see a window.
+        """Return a context in which the replaced heads of a model are those of the hybrid.
 
         Raises:
-            ValueError: as `gramian.analysis.window_attention`.
+            ValueError: as `gramian.analysis.replace_attention`; or if the plan is one of
+                recurrences and was read without its file of parameters.
         """
-        return window_attention(model, self.replaced, self.window, self.sinks)
+        return self.replacement.applied(model, self.replaced)
+
+    @property
+    def replacement(self) -> Replacement:
+        """What takes the place of heads."""
+        return kind_of(self.kind)(self.window, self.sinks, self.state, self.parameters)
 
     def cache_bytes(self, tokens: int) -> tuple[int, int]:
         """Return the bytes of the keys and values of these layers after some tokens.
 
         Returns:
-            The bytes of the model, and of the hybrid, whose replaced heads store what they see.
+            The bytes of the model, and of the hybrid, whose replaced heads store what they see,
+            and the states of their recurrences.
         """
-        seen = min(tokens, self.window + self.sinks)
+        seen = min(tokens, self.replacement.tokens)
         before = sum(layer.token_bytes for layer in self.layers) * tokens
         saved = sum(layer.token_bytes * len(layer.replaced) // layer.heads for layer in self.layers)
-        return before, before - saved * (tokens - seen)
+        states = sum(
+            layer.state_bytes * len(layer.replaced) // layer.heads for layer in self.layers
+        )
+        return before, before - saved * (tokens - seen) + states
 
     def scores(self, criterion: str | None = None) -> list[tuple[str, tuple[int, ...], float]]:
         """Return the layers or groups of heads in the order in which they are replaced.
@@ -224,8 +257,8 @@ class HybridPlan:
         """
         criterion = self.criterion if criterion is None else criterion
         check_choice(self.budget, self.by, criterion, self.orders, self.state)
-        if criterion == "loss" and any(x.loss_increases is None for x in self.layers):
-            raise ValueError('the losses were not measured; plan with criterion="loss".')
+        if self._unmeasured(criterion):
+            raise ValueError(_UNMEASURED[criterion])
         units = [(x, u) for x in self.layers for u in range(len(x.units(self.by)))]
         if criterion == "random":
             generator = torch.Generator().manual_seed(self.seed)
@@ -235,6 +268,11 @@ class HybridPlan:
             values = [x.score(criterion, u, self.by, order) for x, u in units]
         found = [(x.name, x.units(self.by)[u], v) for (x, u), v in zip(units, values, strict=True)]
         return sorted(found, key=lambda one: one[2])
+
+    def _unmeasured(self, criterion: str) -> bool:
+        """Return whether a criterion needs what was not measured of every layer."""
+        name = {"loss": "loss_increases", "recurrence": "recurrence_errors"}.get(criterion)
+        return name is not None and any(getattr(x, name) is None for x in self.layers)
 
     def choose(
         self,
@@ -281,7 +319,7 @@ class HybridPlan:
         values = {"format": _FORMAT} | {
             field.name: _plain(getattr(self, field.name))
             for field in dataclasses.fields(self)
-            if field.name not in ("layers", "left")
+            if field.name not in ("layers", "left", "parameters")
         }
         return values | {
             "replace": {k: "all" if v is None else list(v) for k, v in self.replaced.items()},
@@ -299,6 +337,7 @@ class HybridPlan:
 
     def to_yaml(self) -> str:
         """Return `to_dict` as YAML text."""
+        require("a plan in YAML", "models", "yaml")
         import yaml
 
         text: str = yaml.safe_dump(
@@ -313,20 +352,38 @@ class HybridPlan:
     def save(self, path: str | Path) -> Path:
         """Write the plan, completely or not at all, and return the path.
 
+        The parameters of fitted recurrences go into a file beside it, of the same name with the
+        ending .safetensors.
+
         Args:
             path: the file. If it ends in .json, it is JSON, and otherwise YAML.
+
+        Raises:
+            ValueError: if the file ends in .safetensors, and the plan has parameters.
         """
+        require("a plan with parameters", "models", "safetensors")
+        from safetensors.torch import save
+
         path = Path(path)
         text = f"{self.to_json()}\n" if path.suffix == ".json" else self.to_yaml()
+        if self.parameters:
+            if path.suffix == _PARAMETERS:
+                raise ValueError(f"a plan is YAML or JSON, not {_PARAMETERS}; got {path}.")
+            with staged_file(path.with_suffix(_PARAMETERS)) as stage:
+                stage.write_bytes(save(dict(self.parameters)))
         with staged_file(path) as stage:
             stage.write_text(text, encoding="utf-8")
         return path
 
     @classmethod
-    def from_dict(cls, values: Any) -> HybridPlan:
+    def from_dict(cls, values: Any, parameters: Mapping[str, Tensor] | None = None) -> HybridPlan:
         """Return the plan from which `to_dict` made `values`.
 
         What is replaced is what "replace" says, so that it may be edited.
+
+        Args:
+            values: the values.
+            parameters: the parameters of fitted recurrences, which `values` do not have.
 
         Raises:
             ValueError: if `values` do not have the format of a plan, or if "replace" names a layer
@@ -336,8 +393,10 @@ class HybridPlan:
         if found != _FORMAT:
             raise ValueError(f"a plan of format {_FORMAT!r} is needed; got {found!r}.")
         try:
-            names = [field.name for field in dataclasses.fields(cls) if field.name != "measured"]
+            later = ("measured", "kind", "parameters")
+            names = [field.name for field in dataclasses.fields(cls) if field.name not in later]
             fields = {name: values[name] for name in names}
+            fields |= {"kind": values.get("kind", "window"), "parameters": parameters or {}}
             measured = values.get("measured") or (values["window"], values["sinks"])
             fields["measured"] = tuple(measured)
             layers = [PlannedLayer(**_tuples(layer)) for layer in fields["layers"]]
@@ -347,6 +406,16 @@ class HybridPlan:
             raise ValueError(f"the plan lacks the entry {error.args[0]!r}.") from error
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"an entry of the plan has another form: {error}.") from error
+        if kind_of(fields["kind"]).fitted and fields["measured"] != (
+            fields["window"],
+            fields["sinks"],
+        ):
+            last, first = fields["measured"]
+            raise ValueError(
+                f"the recurrences were fitted beside a window of {last} tokens and the first "
+                f"{first}; got {fields['window']} and {fields['sinks']}. Plan again for another "
+                "window."
+            )
         for name in replace:
             if name not in {layer.name for layer in layers}:
                 raise ValueError(f"the plan replaces {name}, which is none of its layers.")
@@ -365,16 +434,25 @@ class HybridPlan:
         Raises:
             OSError: if the file cannot be read.
             ValueError: if the file does not hold a plan.
+            ImportError: if pyyaml is not installed.
         """
+        require("a plan in YAML", "models", "yaml")
         import yaml
 
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
-            return cls.from_dict(
-                json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-            )
-        except (ValueError, yaml.YAMLError) as error:
+            values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+            return cls.from_dict(values, _parameters(path, values))
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            place = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
+            reason = f"it is not YAML{place}."
+            raise ValueError(f"{path} is not the plan of a hybrid: {reason}") from error
+        except json.JSONDecodeError as error:
+            reason = f"it is not JSON at line {error.lineno}, column {error.colno}."
+            raise ValueError(f"{path} is not the plan of a hybrid: {reason}") from error
+        except ValueError as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path} is not the plan of a hybrid: {reason}") from error
 
@@ -393,19 +471,29 @@ class HybridPlan:
         chosen = sum(math.ceil(len(x.replaced) / size[x.name]) for x in self.layers)
         tokens = 16 * self.length
         before, after = self.cache_bytes(tokens)
-        sinks = f" and the first {self.sinks}" if self.sinks else ""
         read = "1 sequence" if self.sequences == 1 else f"{self.sequences} sequences"
         words = (
-            f"{self.model}: {chosen} of {units} {_NAMES[by]}, chosen by {self.chosen_by}, see the "
-            f"last {self.window} tokens{sinks}. Measured on {read} of {self.length:,} tokens in "
+            f"{self.model}: {chosen} of {units} {_NAMES[by]}, chosen by {self.chosen_by}, "
+            f"{self.replacement.description()}. Measured on {read} of {self.length:,} tokens in "
             f"{self.seconds:.0f} s. Keys and values of {tokens:,} tokens: {before:,} bytes before, "
             f"{after:,} after."
         )
+        if self.criterion == "loss":
+            words += (
+                f" The losses are means over {self.sequences * (self.length - 1):,} tokens; "
+                "differences between layers may be noise."
+            )
         return words + "".join(f" {path} is left: {reason}" for path, reason in self.left)
 
     @property
     def _columns(self) -> list[str]:
-        return [column.format(n=self.state) for column in _COLUMNS]
+        states = f"error of {self.state} states"
+        return ["layer", "heads", "ESS", states, *self._errors, "replaced"]
+
+    @property
+    def _errors(self) -> dict[str, str]:
+        """The criteria that are shown, by their columns."""
+        return _ERRORS_OF_FITS if kind_of(self.kind).fitted else _ERRORS
 
     @property
     def _rows(self) -> list[tuple[str, ...]]:
@@ -422,8 +510,7 @@ class HybridPlan:
                 str(x.heads),
                 f"{x.score('state', 0, 'layer', order):.1f}",
                 f"{x.score('realization', 0, 'layer', order):.3f}",
-                error(x, "window"),
-                error(x, "output"),
+                *(error(x, criterion) for criterion in self._errors.values()),
                 "all" if x.whole else ", ".join(map(str, x.replaced)),
             )
             for name, x in zip(names, self.layers, strict=True)
@@ -453,6 +540,28 @@ def check_choice(
         raise ValueError(
             f"state must be one of the orders {', '.join(map(str, orders))}; got {state}."
         )
+
+
+def _parameters(path: Path, values: Any) -> dict[str, Tensor]:
+    """Return the parameters beside a plan whose kind has some.
+
+    Raises:
+        ValueError: if their file is missing or cannot be read.
+    """
+    require("a plan with parameters", "models", "safetensors")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    kind = values.get("kind", "window") if isinstance(values, Mapping) else "window"
+    if not kind_of(kind).fitted:
+        return {}
+    beside = path.with_suffix(_PARAMETERS)
+    if not beside.is_file():
+        raise ValueError(f"its parameters are missing, which belong into {beside}.")
+    try:
+        return load_file(beside)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"its parameters in {beside} cannot be read.") from error
 
 
 def _count(plan: HybridPlan, units: Sequence[tuple[str, tuple[int, ...], float]]) -> int:

@@ -18,6 +18,7 @@ from gramian._tables import rich_table, text_table
 from gramian.evaluation import Comparison, Perplexity, perplexity
 from gramian.hybrids._measuring import rows_of
 from gramian.hybrids._plan import HybridPlan
+from gramian.hybrids._replacement import kind_of
 from gramian.tasks import Document
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class HybridTrial:
         length: number of tokens of a sequence.
         sequences: number of sequences.
         choices: what was tried; the plan's own choice is the first.
+        kind: what replaced the heads, as in `HybridPlan`.
+        state: number of states, if this was a recurrence.
     """
 
     model: str
@@ -80,6 +83,8 @@ class HybridTrial:
     length: int
     sequences: int
     choices: tuple[TriedChoice, ...]
+    kind: str = "window"
+    state: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as values that JSON can hold."""
@@ -108,7 +113,9 @@ class HybridTrial:
             raise ValueError(f"a trial of format {_FORMAT!r} is needed; got {found!r}.")
         try:
             choices = tuple(TriedChoice(**choice) for choice in values["choices"])
-            fields = {field.name: values[field.name] for field in dataclasses.fields(cls)}
+            names = [field.name for field in dataclasses.fields(cls)]
+            later = {"kind": "window", "state": 0}
+            fields = {name: (later | values)[name] for name in names}
         except (KeyError, TypeError) as error:
             raise ValueError(f"the trial is not complete: {error!r}.") from error
         return cls(**fields | {"choices": choices})
@@ -135,12 +142,12 @@ class HybridTrial:
     @property
     def summary(self) -> str:
         """A sentence with the loss of the model and the size of the text."""
-        sinks = f" and the first {self.sinks}" if self.sinks else ""
+        heads = kind_of(self.kind)(self.window, self.sinks, self.state, {}).description()
         return (
             f"{self.model}: perplexity {math.exp(self.loss):.4g} with all of its attention, on "
             f"{self.tokens:,} tokens in {self.sequences} sequences of {self.length:,}; replaced "
-            f"heads see the last {self.window} tokens{sinks}; losses in nats per token, with "
-            "standard errors over the same sequences."
+            f"heads {heads}; losses in nats per token, with standard errors over the same "
+            "sequences."
         )
 
     @property
@@ -172,7 +179,7 @@ def try_hybrid(
 ) -> HybridTrial:
     """Measure the loss of a plan's hybrid on a text, beside choices of other criteria.
 
-    The replaced heads see a window (`gramian.analysis.window_attention`); the model is not changed.
+    The replaced heads see a window, or have the recurrences of the plan; the model is not changed.
     The other choices replace as many layers or groups of heads.
 
     Args:
@@ -221,6 +228,8 @@ def try_hybrid(
         length=len(rows[0]),
         sequences=len(rows),
         choices=tuple(choices),
+        kind=plan.kind,
+        state=plan.state if kind_of(plan.kind).fitted else 0,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from gramian._extras import require
 from gramian.memory.filters import filter_state_sizes
 from gramian.memory.hankel import hankel_penalty
 from gramian.memory.initialization import GateInitialization, InitializedGates, initialize_gates
@@ -37,6 +38,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "StateSizeCallback":  # importing it needs transformers
+    if name == "StateSizeCallback":
+        require("gramian.memory.StateSizeCallback", "train", "transformers", "accelerate")
         return importlib.import_module("gramian.memory.callbacks").StateSizeCallback
     raise AttributeError(f"module 'gramian.memory' has no attribute {name!r}")

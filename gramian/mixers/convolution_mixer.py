@@ -156,7 +156,7 @@ class ConvolutionMixer(Mixer):
 
     def mix_rows(self, x: Tensor, segments: Segments | None, mix: Any = None) -> Tensor:
         parts = () if segments is None or segments.unbroken else segments.parts
-        longest = max((part.source.shape[1] for part in parts), default=x.shape[1])
+        longest = max([part.source.shape[1] for part in parts] or [x.shape[1]])
         systems = self.systems(longest)
         if len(parts) > 1:  # make the taps once for all parts
             systems = tuple(FIR(_taps(system, x, longest)) for system in systems)

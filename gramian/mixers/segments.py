@@ -12,7 +12,7 @@ expensive.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from gramian.ops.devices import from_host
 from gramian.systems import Pause
 
-__all__ = ["Part", "Segments", "has_values"]
+__all__ = ["Part", "Segments", "has_values", "read_values"]
 
 _OVERHEAD = 4096  # the number of padded positions that cost about as much as one more part
 
@@ -39,6 +39,16 @@ def has_values(x: Tensor) -> bool:
             return False
         x = functorch.get_unwrapped(x)
     return True
+
+
+def read_values(x: Tensor) -> list[Any]:
+    """Return the values of x, (n), as a list, also in a transform such as `torch.func.grad`.
+
+    There `x.tolist()` fails in PyTorch 2.6. `has_values` says whether x has values to read.
+    """
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):  # noqa: SLF001
+        return [one.item() for one in x]
+    return x.tolist()
 
 
 class Part(NamedTuple):
@@ -110,7 +120,7 @@ class Segments:
             broken = (rises + self.real[:, :1].sum(1) > 1).any()
             empty = ~self.real.any(1)
             aligned = (self.real[:, -1] | empty).all() & ~broken
-            flags = torch.stack([aligned, broken, empty.any()]).tolist()
+            flags = read_values(torch.stack([aligned, broken, empty.any()]))
             self.aligned, is_broken, self.has_empty_rows = flags
             self.unbroken = not is_broken
 
@@ -188,7 +198,7 @@ class Segments:
         assert self.real is not None
         length = self.shape[1] if self.aligned else self.parts[0].source.shape[1]
         if self._counts is None:
-            self._counts = self.real.sum(1).tolist()
+            self._counts = read_values(self.real.sum(1))
         return Pause([length - count for count in self._counts], length)
 
     def _turned(self) -> tuple[tuple[Part, ...], Tensor]:
@@ -201,15 +211,16 @@ class Segments:
         count = real.sum(1, keepdim=True)
         width = length
         if has_values(real):
-            self._counts = count.flatten().tolist()
+            self._counts = read_values(count.flatten())
             width = max(1, *self._counts)
         rows = torch.arange(batch, device=real.device)[:, None]
-        order = real.to(torch.int8).argsort(dim=1, stable=True)[:, length - width :]
-        columns = torch.arange(width, device=real.device)
-        kept = columns >= width - count
-        places = rows * width + width - count + real.cumsum(1) - 1
-        part = Part(order + rows * length, kept)
-        return (part,), torch.where(real, places, 0)
+        columns = torch.arange(length, device=real.device)
+        among = real.cumsum(1) - 1  # the index of each token among the tokens of its row
+        moved = torch.where(real, length - count + among, columns - among - 1)
+        order = torch.zeros_like(moved).scatter(1, moved, columns.expand(batch, -1))
+        source = (order + rows * length)[:, length - width :]
+        part = Part(source, columns[:width] >= width - count)
+        return (part,), torch.where(real, rows * width + width - count + among, 0)
 
     def _packed(self) -> tuple[tuple[Part, ...], Tensor]:
         """Plan parts of sequences of similar length.
@@ -218,7 +229,7 @@ class Segments:
         """
         assert self.numbers is not None
         tokens, begins, lengths = self.sequences()
-        sizes = lengths.tolist()
+        sizes = read_values(lengths)
         groups: dict[int, list[int]] = {}
         for sequence in sorted(range(len(sizes)), key=sizes.__getitem__):
             groups.setdefault((sizes[sequence] - 1).bit_length(), []).append(sequence)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from gramian._checks import check_divides, check_sizes
+from gramian._checks import check_divides, check_probability, check_sizes
 from gramian.mixers.mixer import Mixer
 from gramian.mixers.registry import register
 from gramian.ops.devices import from_host
@@ -78,6 +78,8 @@ class SoftmaxAttention(Mixer):
             frequencies as stored.
         bias: Whether the input projection has a bias.
         out_bias: Whether the output projection has a bias; by default equal to `bias`.
+        dropout: Probability of dropping an attention weight in training, where whole sequences are
+            read. The other weights are scaled up.
 
     Raises:
         ValueError: if a number is out of range, or if `kv_heads` does not divide `heads`. Also if
@@ -100,6 +102,7 @@ class SoftmaxAttention(Mixer):
         rotary_frequencies: Sequence[float] | None = None,
         bias: bool = False,
         out_bias: bool | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if head_width is None:
@@ -128,6 +131,7 @@ class SoftmaxAttention(Mixer):
         self.kv_heads = kv_heads
         self.head_width = head_width
         self.window = window
+        self.dropout = check_probability("dropout", dropout)
         self.rotary_base = rotary_base
         self.rotary_scaling = rotary_scaling
         self.rotary_width = rotary_width
@@ -170,6 +174,7 @@ class SoftmaxAttention(Mixer):
             "rotary_frequencies": self.rotary_frequencies and list(self.rotary_frequencies),
             "bias": self.in_proj.bias is not None,
             "out_bias": self.out_proj.bias is not None,
+            "dropout": self.dropout,
         }
 
     def room(self, tokens: int) -> int:
@@ -247,7 +252,8 @@ class SoftmaxAttention(Mixer):
     def mix_whole(self, x: Tensor, mask: Tensor | None) -> Tensor:
         positions = self._positions(x.shape[1], mask, x.device)
         q, k, v = self.project(x, positions)
-        return self.merge(self._attend(q, k, v, positions, mask))
+        dropout = self.dropout if self.training else 0.0
+        return self.merge(self._attend(q, k, v, positions, mask, dropout=dropout))
 
     def _attend(
         self,
@@ -257,6 +263,7 @@ class SoftmaxAttention(Mixer):
         positions: Tensor,
         mask: Tensor | None,
         past: SoftmaxAttentionState | None = None,
+        dropout: float = 0.0,
     ) -> Tensor:
         """Let each query attend to the past and to the keys up to and including its own.
 
@@ -269,6 +276,7 @@ class SoftmaxAttention(Mixer):
             positions: (batch, length) or (1, length).
             mask: (batch, length), zero for padding. None if there is no padding.
             past: The state before these tokens. None if there were no tokens.
+            dropout: The probability of dropping a weight.
 
         Returns:
             (batch, heads, length, N).
@@ -278,7 +286,9 @@ class SoftmaxAttention(Mixer):
         traced = is_symbol(length)  # a graph for every length attends to all keys at once
         short = self.window is None or (not traced and length <= self.window)
         if mask is None and past is None and short:
-            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            return scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped
+            )
         before = 0
         if past is not None:
             before = past.keys.shape[2]
@@ -312,6 +322,7 @@ class SoftmaxAttention(Mixer):
                     k[:, :, part],
                     v[:, :, part],
                     attn_mask=seen[:, None],
+                    dropout_p=dropout,
                     enable_gqa=grouped,
                 )
             )
@@ -367,15 +378,14 @@ class SoftmaxAttention(Mixer):
     def remember(
         self, state: State, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> SoftmaxAttentionState:
-        """Return the state after more tokens, whose k and v are (batch, kv_heads, length, N)."""
+        """Return the state after more tokens, whose k and v are (batch, kv_heads, length, N).
+
+        The mask (batch, length) is false for padding, which comes before the tokens of a row.
+        """
         assert isinstance(state, SoftmaxAttentionState)
         keys, values, count, seen = state
         length, room = k.shape[2], keys.shape[2]
-        if mask is None:
-            total = count + length
-        else:
-            kept = (mask != 0).to(k.device)
-            total = count + kept.sum(1)
+        total = count + (length if mask is None else (mask != 0).to(k.device).sum(1))
         slots = torch.arange(room, device=k.device)
         last = total[:, None] - 1
         held = last - (last - slots) % room  # the position that each slot will hold
@@ -384,8 +394,7 @@ class SoftmaxAttention(Mixer):
         )  # the index among the new real tokens, negative for an old token
         source = new.clamp_min(0)
         if mask is not None:
-            order = kept.logical_not().to(torch.int8).argsort(dim=1, stable=True)
-            source = order.gather(1, source.clamp_max(length - 1))
+            source = source + (length - (total - count))[:, None]  # padding comes first
         source = torch.where(
             new >= 0, room + source, slots
         )  # (batch, room): the index among old slots and new tokens

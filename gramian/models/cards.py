@@ -104,7 +104,12 @@ def _use(model: Any, auto: str | None, name: str, extra: str) -> list[str]:
     lines = ["import gramian.models  # registers the model", "import transformers", "", *load]
     if auto is None:
         del lines[1]
-    return [
+    parts = [
         f'The model needs Gramian: `pip install "gramian[{extra}]"`.',
         "```python\n" + "\n".join(lines) + "\n```",
     ]
+    if auto is not None:
+        parts.append(
+            "A program that does not import Gramian itself passes `trust_remote_code=True` to both."
+        )
+    return parts

@@ -23,7 +23,7 @@ from gramian.models.cache import GramianCache
 from gramian.models.configuration import GramianConfig
 from gramian.models.initialization import Keeping, is_read, reset_unwritten
 from gramian.models.layers import BLOCKS
-from gramian.models.quantization import check_saveable, refuse_quanto, save_quanto
+from gramian.models.quantization import check_readable, check_saveable, save_quanto
 from gramian.ops.packed import Packing, can_pack
 
 __all__ = ["GramianPreTrainedModel"]
@@ -88,9 +88,10 @@ class GramianPreTrainedModel(NoTorchScript, PreTrainedModel):
         Raises:
             ValueError: if optimum-quanto has quantized the weights, which `gramian.models.load`
                 reads.
+            ImportError: if torchao has quantized the weights, and is not installed.
         """
         if pretrained_model_name_or_path is not None:
-            refuse_quanto(Path(pretrained_model_name_or_path))
+            check_readable(Path(pretrained_model_name_or_path), kwargs.get("config"))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

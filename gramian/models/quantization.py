@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_described",
+    "check_readable",
     "check_saveable",
     "is_quantized",
     "load_quanto",
     "method_of",
     "parts_of",
     "refuse_quantized",
-    "refuse_quanto",
     "require_quantizer",
     "save_quanto",
 ]
@@ -106,13 +107,28 @@ def check_saveable(model: nn.Module) -> None:
         )
 
 
-def refuse_quanto(folder: Path) -> None:
-    """Raise a ValueError if a folder is one of optimum-quanto, which transformers would misread."""
-    if (folder / _MAP).is_file():
+def check_readable(path: Path, config: Any) -> None:
+    """Raise an error if transformers would misread quantized weights, or end without a sentence.
+
+    Args:
+        path: folder of the model, or its name on the Hub.
+        config: configuration that transformers has read, or None.
+
+    Raises:
+        ValueError: if optimum-quanto has quantized the weights.
+        ImportError: if torchao has quantized the weights, and is not installed.
+    """
+    if (path / _MAP).is_file():
         raise ValueError(
-            f"the weights in {folder} are quantized by optimum-quanto: load them with "
+            f"the weights in {path} are quantized by optimum-quanto: load them with "
             "gramian.models.load or optimum.quanto.QuantizedModelForCausalLM."
         )
+    section = getattr(config, "quantization_config", None)
+    if config is None and (file := path / "config.json").is_file():
+        with suppress(ValueError, AttributeError):  # transformers says that it is no JSON object
+            section = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+    if method_of(path, {"quantization_config": section}) == "torchao":
+        require_quantizer(path, "torchao")
 
 
 def require_quantizer(folder: Path, method: str) -> None:

@@ -39,7 +39,7 @@ except ModuleNotFoundError as error:
     if error.name != "gramian":
         raise
     raise ImportError(
-        "this model needs the package gramian: install it with `pip install gramian[models]`."
+        'this model needs the package gramian: pip install "gramian[models]".'
     ) from None
 
 __all__ = [

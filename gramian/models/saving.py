@@ -15,7 +15,7 @@ from gramian.models.configuration import GramianConfig
 from gramian.models.loading import INDEX, WEIGHTS
 from gramian.models.pretrained import GramianPreTrainedModel
 
-__all__ = ["empty_model", "save_parts"]
+__all__ = ["check_range", "empty_model", "save_parts"]
 
 
 def empty_model(
@@ -52,6 +52,7 @@ def save_parts(
     Raises:
         RuntimeError: if the parts lack a tensor of the model, or if a tensor is not one of the
             model, is given twice, or has another shape.
+        ValueError: if a tensor has values that its dtype in `model` cannot hold.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.config.dtype = str(model.dtype).removeprefix("torch.")
@@ -90,9 +91,36 @@ def save_parts(
         (folder / INDEX).write_text(text, encoding="utf-8")
 
 
+def check_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Raise a ValueError if a tensor has values that a dtype cannot hold.
+
+    Such values would become infinite, or lose their imaginary parts. Rounding is not an error.
+
+    Args:
+        name: name of the tensor, for the message.
+        tensor: the tensor.
+        dtype: the dtype.
+    """
+    if tensor.is_complex() and not dtype.is_complex:
+        raise ValueError(f"{name} is complex, and {dtype} has no imaginary parts.")
+    if not tensor.is_floating_point() or not dtype.is_floating_point or tensor.is_meta:
+        return
+    if torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+        return
+    lost = tensor.to(dtype).isinf() & tensor.isfinite()
+    if bool(lost.any()):
+        largest = float(tensor[lost].abs().max())
+        wider = "bfloat16" if dtype == torch.float16 else "float64"
+        raise ValueError(
+            f"{name} has values up to {largest:.3g}, and the largest of {dtype} is "
+            f"{torch.finfo(dtype).max:.3g}: choose torch.{wider}."
+        )
+
+
 def _write(name: str, tensor: Tensor, file: Path, entry: Entry) -> None:
     if tuple(tensor.shape) != entry.shape:
         raise RuntimeError(f"{name} is {tuple(tensor.shape)}, and {entry.shape} is needed.")
+    check_range(name, tensor, entry.dtype)
     tensor = tensor.detach().to("cpu", entry.dtype).contiguous()
     with file.open("r+b") as stream:
         stream.seek(entry.offset)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gramian.mixers import Segments
-from gramian.mixers.segments import Part, has_values
+from gramian.mixers.segments import Part, has_values, read_values
 from gramian.models.labels import IGNORED
 
 __all__ = [
@@ -53,9 +53,9 @@ def recent_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
         return None if bool(recent.all()) else recent
     if length == 0:
         return None
-    allowed, hides = torch.stack(
-        [((recent == 0) | (recent == 1)).all(), (recent == 0).any()]
-    ).tolist()
+    allowed, hides = read_values(
+        torch.stack([((recent == 0) | (recent == 1)).all(), (recent == 0).any()])
+    )
     if not allowed:
         raise ValueError(
             "attention_mask must be 1 for real tokens and 0 for padding; it holds other numbers, "

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from gramian._staging import staged_file
 from gramian.models.adapters import switches
 
 if TYPE_CHECKING:
@@ -74,13 +75,8 @@ def save_cache(cache: GramianCache, path: str | Path, model: GramianPreTrainedMo
         "tokens": json.dumps([memory.tokens for memory in cache.layers]),
         "batch_size": str(cache.batch_size),
     }
-    target = Path(path)
-    beside = target.with_name(target.name + ".partial")
-    try:
-        save_file(tensors, beside, metadata)
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
+    with staged_file(Path(path)) as stage:
+        save_file(tensors, stage, metadata)
 
 
 @torch.no_grad()

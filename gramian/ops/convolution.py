@@ -186,8 +186,7 @@ def _channels(
     name: str, signal: Tensor, kernels: dict[str, Tensor], skip: Tensor | None
 ) -> torch.Size:
     """Return the shape to which the channels of all arguments broadcast."""
-    operands = {"u": signal[..., 0]}
-    operands |= {key: kernel[..., 0] for key, kernel in kernels.items()}
+    operands = {"u": signal[..., 0], **{key: kernel[..., 0] for key, kernel in kernels.items()}}
     if skip is not None:
         operands["skip"] = skip
     try:

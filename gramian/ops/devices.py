@@ -53,11 +53,12 @@ def in_double_precision(function: Callable[Arguments, Result]) -> Callable[Argum
 
     @functools.wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        leaves = pytree.tree_leaves((args, kwargs))
-        devices = [leaf.device for leaf in leaves if _is_placed(leaf)]
+        placed: list[Any] = []
+        _map((args, kwargs), _is_placed, placed.append)
+        devices = [value.device for value in placed]
         if all(map(has_float64, devices)):
             return function(*args, **kwargs)
-        args, kwargs = pytree.tree_map_only(_is_placed, _to_cpu, (args, kwargs))
+        args, kwargs = _map((args, kwargs), _is_placed, _to_cpu)
         result: Result = _back(function(*args, **kwargs), devices[0])
         return result
 
@@ -66,6 +67,29 @@ def in_double_precision(function: Callable[Arguments, Result]) -> Callable[Argum
 
 def _is_placed(value: Any) -> bool:
     return isinstance(getattr(value, "device", None), torch.device) and hasattr(value, "to")
+
+
+def _map(tree: Any, wanted: Callable[[Any], bool], function: Callable[[Any], Any]) -> Any:
+    """Replace the wanted values in a tree of containers.
+
+    PyTorch takes subclasses of lists, tuples and dictionaries for leaves. Here they are containers,
+    and stay as they are if nothing in them changes.
+    """
+
+    def of_leaf(leaf: Any) -> Any:
+        if wanted(leaf):
+            return function(leaf)
+        if isinstance(leaf, dict):
+            values = {key: _map(value, wanted, function) for key, value in leaf.items()}
+            same = all(values[key] is leaf[key] for key in leaf)
+            return leaf if same else type(leaf)(values)
+        if isinstance(leaf, list | tuple):
+            items = [_map(value, wanted, function) for value in leaf]
+            same = all(new is old for new, old in zip(items, leaf, strict=True))
+            return leaf if same else getattr(leaf, "_make", type(leaf))(items)
+        return leaf
+
+    return pytree.tree_map(of_leaf, tree)
 
 
 def _to_cpu(value: Any) -> Any:
@@ -79,7 +103,7 @@ def _back(result: Any, device: torch.device) -> Any:
         return dataclasses.replace(
             result, **{name: _back(getattr(result, name), device) for name in names}
         )
-    return pytree.tree_map_only(Tensor, lambda x: returned(x, device), result)
+    return _map(result, lambda x: isinstance(x, Tensor), lambda x: returned(x, device))
 
 
 def from_host(

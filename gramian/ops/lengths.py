@@ -4,7 +4,7 @@ from bisect import bisect_left
 
 import torch
 
-__all__ = ["at_most", "fft_length", "is_symbol"]
+__all__ = ["at_most", "fft_length", "is_symbol", "tail_count"]
 
 
 def _smooth_even_numbers(limit: int) -> list[int]:
@@ -29,6 +29,16 @@ def fft_length(length: int, taps: int) -> int:
 def is_symbol(length: int) -> bool:
     """Return whether a length is a symbol in a graph that is traced for every length."""
     return isinstance(length, torch.SymInt)
+
+
+def tail_count(length: int) -> int:
+    """Return how many samples to make for the last `length - 1` samples of a sequence.
+
+    The number is `length - 1`, but in a graph that is traced for every length it is `length`, and
+    the last sample is then left out. There, a tensor of size `length - 1` would be taken for one
+    that has not size 1, which rules out the length 2.
+    """
+    return length if is_symbol(length) else length - 1
 
 
 def at_most(length: int | None, bound: int) -> int:

@@ -72,7 +72,7 @@ class OnlineConvolution:
         inside = at % block + 1  # samples of the current block up to and including this sample
         recent = inputs[..., window + at + 1 - inside : window + at + 1]
         taps = self._reversed[..., -inside:]
-        output = (recent * taps).sum(-1) + owed[..., at]
+        output = torch.linalg.vecdot(recent, taps) + owed[..., at]
 
         at += 1
         if at % block == 0:

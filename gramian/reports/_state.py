@@ -134,12 +134,12 @@ def plot_state_curves(report: StateReport) -> Figure:
     Raises:
         ValueError: if the report has no measured layer.
     """
-    from matplotlib import colormaps
-
     report = _main(report)
     curves, positions, bound = _curves(report), np.array(report.positions), _bound(report)
     order = np.argsort(positions)
     figure = new_figure(9.4, 4.0)
+    from matplotlib import colormaps  # after `new_figure`, which says what is missing
+
     axes = figure.subplots()
     shades = colormaps["viridis"](np.linspace(0, 0.92, len(curves)))
     for curve, limited, shade, name in zip(curves, bound, shades, report.labels, strict=True):

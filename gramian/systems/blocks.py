@@ -64,7 +64,7 @@ class Blocks(abc.ABC):
 
     @abc.abstractmethod
     def advance_by(self, x: Tensor, steps: Tensor) -> Tensor:
-        """Return `A^steps x`, where `steps` is an integer tensor without dimensions, below c."""
+        """Return `A^steps x`, where `steps` (batch), int64, is below c for every sequence."""
 
     @property
     def is_static(self) -> bool:
@@ -124,7 +124,11 @@ class RotationBlocks(Blocks):
         return _rotate(x, self.whole)
 
     def advance_by(self, x: Tensor, steps: Tensor) -> Tensor:
-        return _rotate(x, self.powers.index_select(0, steps.reshape(1)).squeeze(0))
+        return _rotate(x, self._powers_by(steps))
+
+    def _powers_by(self, steps: Tensor) -> Tensor:
+        """Return the powers of the poles, (2, batch, G, m, 1)."""
+        return self.powers.index_select(0, steps).transpose(0, 1)
 
 
 class ScalingBlocks(RotationBlocks):
@@ -159,7 +163,7 @@ class ScalingBlocks(RotationBlocks):
         return x * self.whole[0]
 
     def advance_by(self, x: Tensor, steps: Tensor) -> Tensor:
-        return x * self.powers.index_select(0, steps.reshape(1)).squeeze(0)[0]
+        return x * self._powers_by(steps)[0]
 
 
 class MatrixBlocks(Blocks):
@@ -208,8 +212,7 @@ class MatrixBlocks(Blocks):
 
     def advance_by(self, x: Tensor, steps: Tensor) -> Tensor:
         for bit, power in enumerate(self.powers.unbind()):
-            wanted = torch.div(steps, 2**bit, rounding_mode="floor") % 2 == 1
-            x = torch.where(wanted, power @ x, x)
+            x = torch.where(_has_bit(steps, bit), power @ x, x)
         return x
 
 
@@ -248,8 +251,7 @@ class ShiftBlocks(Blocks):
 
     def advance_by(self, x: Tensor, steps: Tensor) -> Tensor:
         for bit in range(len(self.powers)):
-            wanted = torch.div(steps, 2**bit, rounding_mode="floor") % 2 == 1
-            x = torch.where(wanted, _shift(x, 2**bit), x)
+            x = torch.where(_has_bit(steps, bit), _shift(x, 2**bit), x)
         return x
 
 
@@ -333,6 +335,11 @@ def _rotate(x: Tensor, factor: Tensor) -> Tensor:
     re, im = x.chunk(2, dim=2)
     real, imaginary = factor[0], factor[1]
     return torch.cat([re * real - im * imaginary, re * imaginary + im * real], dim=2)
+
+
+def _has_bit(steps: Tensor, bit: int) -> Tensor:
+    """Return whether a bit of the numbers (batch) is set, as (batch, 1, 1, 1)."""
+    return (torch.div(steps, 2**bit, rounding_mode="floor") % 2 == 1).reshape(-1, 1, 1, 1)
 
 
 def _shift(x: Tensor, steps: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gramian.ops import causal_convolution
 from gramian.ops.feedback import feedback_kernel
+from gramian.ops.lengths import tail_count
 from gramian.ops.vandermonde import (
     integer_power,
     vandermonde_product,
@@ -133,8 +134,8 @@ class DPLR(TimeInvariantSystem[DPLRState]):
         """
         if length == 1 or self.order == 0:
             return nn.functional.pad(self.D.unsqueeze(-1), (0, length - 1))
-        tail = feedback_kernel(self._open_loop(length - 1), self.dtype)
-        return torch.cat([self.D.unsqueeze(-1), tail], dim=-1)
+        tail = feedback_kernel(self._open_loop(tail_count(length)), self.dtype)
+        return torch.cat([self.D.unsqueeze(-1), tail], dim=-1)[..., :length]
 
     def _open_loop(self, length: int) -> Tensor:
         """Return the kernels from u to y, v to y, u to v and v to v without feedback.

@@ -186,9 +186,11 @@ class FIR(TimeInvariantSystem[AnyFIRState]):
 
         Args:
             form: "window" keeps the last K - 1 inputs and takes K operations a sample. "online" is
-                online convolution, which keeps up to six times as many numbers and takes an
-                amortized O(log² K) operations a sample. The default is "window" up to order 128,
-                and "online" above.
+                online convolution (van der Hoeven's relaxed multiplication; in the literature of
+                language models FutureFill, arXiv 2410.03766, and Flash Inference, arXiv
+                2410.12982), which keeps up to six times as many numbers and takes an amortized
+                O(log² K) operations a sample. The default is "window" up to order 128, and
+                "online" above.
 
         Raises:
             ValueError: if `form` is neither of these.

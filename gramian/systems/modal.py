@@ -18,6 +18,7 @@ from typing_extensions import Self
 from gramian._checks import check_positive
 from gramian.ops import causal_convolution
 from gramian.ops.devices import from_host
+from gramian.ops.lengths import tail_count
 from gramian.ops.vandermonde import (
     geometric_powers,
     integer_power,
@@ -206,8 +207,8 @@ class Modal(TimeInvariantSystem[ModalState]):
     def impulse_response(self, length: int) -> Tensor:
         if length <= 1 or self.poles.shape[-1] == 0:
             return torch.nn.functional.pad(self.d.unsqueeze(-1), (0, length - 1))
-        tail = vandermonde_product(self.poles, self.residues, length - 1)
-        return torch.cat([self.d.unsqueeze(-1), tail.to(self.d.dtype)], dim=-1)
+        tail = vandermonde_product(self.poles, self.residues, tail_count(length))
+        return torch.cat([self.d.unsqueeze(-1), tail.to(self.d.dtype)], dim=-1)[..., :length]
 
     def spectral_radius(self) -> Tensor:
         """Return the largest modulus of poles with nonzero residues, (*C); 0 if none exist."""

@@ -20,7 +20,7 @@ from gramian.ops.devices import has_float64
 from gramian.ops.lengths import at_most, is_symbol
 from gramian.ops.recursion import all_pole_filter
 from gramian.systems._modal_recurrence import ModalRecurrence, ModalState
-from gramian.systems._recurrence import Recurrence
+from gramian.systems._recurrence import REPRODUCED, Recurrence
 from gramian.systems._rounding import delays, warn_of_lost_poles
 from gramian.systems._state import State, check_state
 from gramian.systems._system import STATIC, TimeInvariantSystem, check_tensor, working_dtype
@@ -36,9 +36,6 @@ from gramian.systems.modal import Modal
 from gramian.systems.state_space import StateSpace
 
 __all__ = ["TransferFunction", "TruncatedTransferFunction", "exact_numerator", "proper_fraction"]
-
-_TOLERANCE = 1e-5
-"""The largest relative l2 error with which a recurrence is said to reproduce the known taps."""
 
 _ANGLES = 512
 """The number of points on the upper half circle at which the frequency response is evaluated,
@@ -276,7 +273,7 @@ class TransferFunction(TimeInvariantSystem[Any]):
         if not has_float64(self.device):  # the others are made and verified in double precision
             return forms["online"]()
         tried = (build() for build in forms.values())
-        return next(recurrence for recurrence in tried if recurrence.error <= _TOLERANCE)
+        return next(recurrence for recurrence in tried if recurrence.error <= REPRODUCED)
 
     @cached_property
     def _modal(self) -> tuple[Modal, float]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 
 from gramian._checks import check_integers
+from gramian._extras import require
 from gramian._nearest import unknown
 from gramian.tasks.documents import find_files
 from gramian.tasks.kinds import Column, find_kind
@@ -133,6 +134,7 @@ class Task(ABC):
 
     def features(self) -> datasets.Features:
         """Return the column types of the dataset."""
+        require("a dataset of a task", "train", "datasets")
         from datasets import Features
 
         description = self.description()
@@ -157,12 +159,9 @@ class Task(ABC):
             ValueError: if the task does not have the split, the split is empty, the seed is not an
                 integer of at least 0, or `checked_rows` refuses a row.
         """
-        try:
-            from datasets import Dataset, IterableDataset, concatenate_datasets
-        except ImportError as error:
-            raise ImportError(
-                'tasks need datasets: pip install "gramian[train]".', name="datasets"
-            ) from error
+        require("a dataset of a task", "train", "datasets")
+        from datasets import Dataset, IterableDataset, concatenate_datasets
+
         if split not in self.splits:
             raise ValueError(unknown("split", split, self.splits))
         check_integers(0, seed=seed)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gramian._extras import require
 from gramian.tasks import genomes
 from gramian.tasks.documents import Document
 
@@ -36,7 +37,9 @@ def load_tokenizer(path: str) -> Any:
 
     Raises:
         OSError: if the tokenizer does not exist or cannot be read.
+        ImportError: if transformers is not installed.
     """
+    require("a tokenizer", "models", "transformers")
     from transformers import AutoTokenizer
 
     import gramian.models  # noqa: F401 (else transformers asks to run code from our folders)

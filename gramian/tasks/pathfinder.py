@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gramian._extras import require
 from gramian.tasks._task import Description, GeneratedTask, Row, register, require_sizes
 
 __all__ = ["Pathfinder"]
@@ -298,6 +299,7 @@ def _dash_patch(
     The dash begins in the middle of the patch. The radius r of the patch is large enough for the
     margin.
     """
+    require("the task lra/pathfinder", "train", "PIL")
     from PIL import Image, ImageDraw
 
     radius = length + math.ceil(thickness) + gap

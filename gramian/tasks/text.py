@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gramian._checks import check_choice
+from gramian._extras import require
 from gramian._nearest import unknown
 from gramian.tasks._task import (
     SPLITS,
@@ -162,6 +163,7 @@ class Text(_TextTask):
             yield from read_documents(file, column=self.column, any_bytes=self.tokenizer is None)
 
     def _corpus(self, split: str) -> Iterator[Document]:
+        require("a corpus", "train", "datasets")
         import datasets
 
         assert self.corpus is not None

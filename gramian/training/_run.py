@@ -70,7 +70,7 @@ from gramian.training.starting import (
     saved_names,
 )
 from gramian.training.teaching import load_teaching
-from gramian.training.trainer import GramianTrainer, Patience, complete_checkpoints
+from gramian.training.trainer import Goal, GramianTrainer, Patience, complete_checkpoints
 
 __all__ = ["TrainingReport", "check", "earlier_report", "train"]
 
@@ -163,6 +163,7 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
             teaching=teaching,
             packer=packer,
             truncation=config.regularization.truncation,
+            decay_all=config.optimization.decay_all,
             model=model,
             args=arguments,
             train_dataset=Rows(data) if hasattr(data, "__len__") else data,
@@ -180,6 +181,8 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
         )
     if config.evaluation.patience is not None:
         trainer.add_callback(Patience(config.evaluation.patience))
+    if config.evaluation.stop_at is not None:
+        trainer.add_callback(Goal(config.evaluation.metric, config.evaluation.stop_at))
     if not config.hardware.fsdp:  # no process holds the whole of a sharded model
         rows = [held_out[index] for index in range(min(len(held_out), config.evaluation.samples))]
         length = config.evaluation.sample_length

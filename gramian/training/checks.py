@@ -5,6 +5,7 @@ Every function raises a `ConfigError` at the first value that is out of range.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from gramian._checks import check_sizes
@@ -86,6 +87,8 @@ def check_evaluation(section: Evaluation) -> None:
     _check_sizes(where, section, "every", "examples", "batch_size", "patience", "sample_length")
     _check_not_negative(where, section, "samples")
     _check_choice(where, section, "metric", metric_names())
+    if section.stop_at is not None and not math.isfinite(section.stop_at):
+        raise ConfigError(f"evaluation.stop_at must be a finite number; got {section.stop_at}.")
     _check_sizes("evaluation.ess", section.ess, "every", "channels")
     _check_not_negative("evaluation.ess", section.ess, "rows")
 

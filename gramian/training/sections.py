@@ -61,6 +61,11 @@ class Optimization:
     weight_decay: float = setting(
         "weight decay of matrices other than embeddings and the parameters of filters.", 0.1
     )
+    decay_all: bool = setting(
+        "whether biases, norms and embeddings have this weight decay too, as in the published code "
+        "of Hyena, RTF and Zoology.",
+        False,
+    )
     betas: list[float] = field(
         default_factory=lambda: [0.9, 0.98], metadata={"help": "the two betas of AdamW."}
     )
@@ -199,6 +204,11 @@ class Evaluation:
         'numbers: `"loss"`, which is the same as `"mse"`, or `"relative_error"`, the RMSE divided '
         "by the RMS of the targets.",
         "loss",
+    )
+    stop_at: float | None = setting(
+        "value of the metric after which training stops, once an evaluation finds a better one "
+        "(above it for accuracy, below it for a loss); None never stops it.",
+        None,
     )
     patience: int | None = setting(
         "number of evaluations without a better metric after which training stops; None never "

@@ -21,17 +21,18 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gramian.filters import parameter_groups
 from gramian.memory import MemoryLosses, truncate_modes
 from gramian.tasks import Description, find_kind
+from gramian.tasks.kinds import higher_is_better
 from gramian.training.collation import Packer
 from gramian.training.configuration import ConfigError
 from gramian.training.starting import base_of, save_description
 from gramian.training.teaching import Teaching
 
-__all__ = ["DivergedError", "GramianTrainer", "Patience", "complete_checkpoints"]
+__all__ = ["DivergedError", "Goal", "GramianTrainer", "Patience", "complete_checkpoints"]
 
 COMPLETE = "complete"
 
@@ -58,6 +59,26 @@ class Patience(EarlyStoppingCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+
+class Goal(TrainerCallback):
+    """Stop training after an evaluation whose metric is better than a given value.
+
+    Args:
+        metric: name of the metric.
+        value: value that the metric has to pass.
+    """
+
+    def __init__(self, metric: str, value: float) -> None:
+        self.metric = metric
+        self.value = value
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **kwargs: Any
+    ) -> None:
+        found = metrics[f"eval_{self.metric}"]
+        if found > self.value if higher_is_better(self.metric) else found < self.value:
+            control.should_training_stop = True
 
 
 def total(prediction: Any, description: Description) -> dict[str, float]:
@@ -95,6 +116,7 @@ class GramianTrainer(Trainer):
         packer: collator that packs training batches; None uses `data_collator` for them too.
         truncation: share of every kernel's energy that is dropped before evaluations in training,
             by `gramian.memory.truncate_modes`; 0 drops nothing.
+        decay_all: whether all parameters have weight decay, as in `gramian.parameter_groups`.
         kwargs: further arguments of `Trainer`.
     """
 
@@ -109,6 +131,7 @@ class GramianTrainer(Trainer):
         teaching: Teaching | None = None,
         packer: Packer | None = None,
         truncation: float = 0.0,
+        decay_all: bool = False,
         **kwargs: Any,
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
@@ -129,6 +152,7 @@ class GramianTrainer(Trainer):
             teaching.to(self.args.device)
         self.packer = packer
         self.truncation = truncation
+        self.decay_all = decay_all
         self.modes: int | None = None
         self.logged: dict[str, list[float]] = {}
         # Losses are sums over the labels, divided by the number of labels in the whole batch,
@@ -168,6 +192,7 @@ class GramianTrainer(Trainer):
                 self.model if model is None else model,
                 lr=arguments.learning_rate,
                 weight_decay=arguments.weight_decay,
+                decay_all=self.decay_all,
             )
             self.optimizer = torch.optim.AdamW(
                 groups,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor
 from gramian import checkpoints
 from gramian.checkpoints import FORMATS, files
 from gramian.models import GramianConfig, GramianForCausalLM
-from gramian.models.saving import empty_model, save_parts
+from gramian.models.saving import check_range, empty_model, save_parts
 
 DATA = Path(__file__).parents[1] / "data"
 ALL = ("safari_hyena_order3.safetensors", "hyenadna_tiny.ckpt", "hyena_rtf.safetensors")
@@ -122,6 +124,7 @@ def test_weights_of_a_dtype_without_a_model_are_refused(dtype: torch.dtype, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["integers.safetensors"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need privileges")
 def test_a_link_keeps_its_name(tmp_path: Path) -> None:
     """As in the Hub's cache, whose folders hold links to files that are named by their hashes."""
     file = DATA / "safari_hyena_order3.safetensors"
@@ -160,6 +163,51 @@ def test_parts_that_are_not_the_model_are_refused(
     others = {name: value for name, value in whole.items() if "norm" not in name}
     with pytest.raises(RuntimeError, match=sentence):
         save_parts(model, iter([others, change]), tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dtype", "sentence"),
+    [
+        (
+            torch.tensor([1.0, -7e4]),
+            torch.float16,
+            r"^x has values up to 7e\+04, .*torch.bfloat16\.$",
+        ),
+        (
+            torch.tensor([1e300], dtype=torch.float64),
+            torch.float32,
+            r"^x has .* 1e\+300, .*torch.float64\.$",
+        ),
+        (torch.tensor([1e300], dtype=torch.float64), torch.bfloat16, r"^x has .*torch.float64\.$"),
+        (torch.ones(2, dtype=torch.complex64), torch.float32, "^x is complex, and torch.float32 "),
+        (torch.tensor([65519.0]), torch.float16, None),  # it is rounded down
+        (torch.tensor([float("inf"), 1e-30]), torch.float16, None),
+        (torch.tensor([7e4]).bfloat16(), torch.float32, None),
+        (torch.tensor([3]), torch.float16, None),
+        (torch.empty(0), torch.float16, None),
+        (torch.ones(2, dtype=torch.complex64), torch.complex64, None),
+    ],
+)
+def test_a_dtype_that_cannot_hold_a_value_is_refused(
+    tensor: torch.Tensor, dtype: torch.dtype, sentence: str | None
+) -> None:
+    with nullcontext() if sentence is None else pytest.raises(ValueError, match=sentence):
+        check_range("x", tensor, dtype)
+
+
+def test_a_checkpoint_that_overflows_is_refused(tmp_path: Path) -> None:
+    tensors = load_file(DATA / "hyenadna_order3.safetensors")
+    name = next(name for name in tensors if name.endswith("embeddings.weight"))
+    tensors[name] = 1e6 * torch.ones_like(tensors[name])
+    save_file(tensors, tmp_path / "big.safetensors")
+    shutil.copyfile(DATA / "hyenadna_order3.json", tmp_path / "big.json")
+    sentence = "embed_tokens.weight has values up to 1e.06, .*choose torch.bfloat16"
+    with pytest.raises(ValueError, match=sentence):
+        checkpoints.convert(tmp_path / "big.safetensors", tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=sentence):
+        checkpoints.load(tmp_path / "big.safetensors", dtype=torch.float16)
+    checkpoints.convert(tmp_path / "big.safetensors", tmp_path / "out", dtype=torch.bfloat16)
 
 
 # --- where the values of a tensor are ------------------------------------------------------------

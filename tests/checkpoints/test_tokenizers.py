@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from transformers import AutoTokenizer
 
 from gramian import checkpoints
 from gramian.checkpoints import DNATokenizer, EvoTokenizer
+from gramian.models import ByteTokenizer, GramianConfig
 
 PUBLISHED_DNA = ["[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", *"ACGTN"]
 
@@ -64,6 +68,72 @@ def test_evo_pads_on_the_left(tmp_path: Path) -> None:
     for tokenizer in both(EvoTokenizer(), tmp_path):
         assert tokenizer(["AC", "T"], padding=True).input_ids == [[65, 67], [1, 84]]
         assert tokenizer.decode([1, 65, 67, 0], skip_special_tokens=True) == "AC"
+
+
+WITHOUT_GRAMIAN = """
+import json
+import sys
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+sys.modules["gramian"] = None  # as if it were not installed
+rows, texts, chat = json.load(open("given.json", encoding="utf-8"))
+for folder in sys.argv[1:]:
+    for read in (
+        PreTrainedTokenizerFast.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+    ):
+        print(json.dumps(WHAT(read, rows, texts, chat)))
+"""
+WHAT = """
+def what(tokenizer, rows, texts, chat):
+    rows = [[token for token in row if token < len(tokenizer)] for row in rows]
+    names = ("bos", "eos", "pad", "unk", "cls", "sep", "mask")
+    return [
+        len(tokenizer),
+        [tokenizer.decode(row) for row in rows],
+        [tokenizer.decode(row, skip_special_tokens=True) for row in rows],
+        [tokenizer(text).input_ids for text in texts],
+        tokenizer(["ACGT", "A"], padding=True).input_ids,
+        [getattr(tokenizer, f"{name}_token_id") for name in names],
+        tokenizer.chat_template and tokenizer.apply_chat_template(chat, tokenize=False),
+    ]
+"""
+
+
+def test_a_tokenizer_of_a_model_is_read_without_this_package_and_without_a_question(
+    tmp_path: Path,
+) -> None:
+    """Every id alone, rows that are no UTF-8, special tokens, padding and chats."""
+    rng = random.Random(3)
+    rows = [[token] for token in range(260)]
+    rows += [[rng.randrange(260) for _ in range(rng.randrange(2, 9))] for _ in range(300)]
+    texts = ["", "hé <|eos|>", "ACGTNacgu x\n", "\x00\x7f€", "ACGT [SEP]"]
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "given.json").write_text(json.dumps([rows, texts, chat]), encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(WHAT, names)
+    kinds, expected = (ByteTokenizer, DNATokenizer, EvoTokenizer), []
+    for kind in kinds:
+        tokenizer = kind()
+        tokenizer.save_pretrained(tmp_path / kind.__name__)
+        GramianConfig().save_pretrained(tmp_path / kind.__name__)
+        expected += 2 * [names["what"](tokenizer, rows, texts, chat)]
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            WHAT + WITHOUT_GRAMIAN.replace("WHAT", "what"),
+            *(kind.__name__ for kind in kinds),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert [json.loads(line) for line in ran.stdout.splitlines()] == expected
 
 
 def test_checkpoints_come_with_their_tokenizers(published: Any) -> None:

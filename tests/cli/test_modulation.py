@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib")
 from transformers import MambaConfig, MambaForCausalLM
 
 from gramian.analysis import analyze_texts, measure_modulation, open_model
-from gramian.evaluation import perplexity
+from gramian.evaluation import count_bigrams, perplexity
 from gramian.models import ByteTokenizer, GramianConfig, GramianForCausalLM
 
 Call = Callable[..., tuple[int, str, str]]
@@ -72,6 +72,24 @@ def test_several_models_in_one_table_and_figure(call: Call, place: Path, tmp_pat
     assert recall["tokens"] == score.recall_tokens
 
 
+def test_pairs_that_are_frequent_in_a_training_text_do_not_count(call: Call, place: Path) -> None:
+    line = "modulation gla --text texts.jsonl --horizon 50 --training-text text.txt --rare 6"
+    status, out, err = call(f"{line} --json", place)
+    assert status == 0, err
+    (one,) = json.loads(out)["models"]
+    model, tokenizer = open_model(place / "gla")
+    rows = [torch.tensor(tokenizer(TEXT[k : k + 50])["input_ids"]) for k in (0, 20, 40, 60)]
+    bigrams = count_bigrams(TEXT, tokenizer)
+    options = {"window": 50, "stride": 50, "training_bigrams": bigrams}
+    score = perplexity(model, tokenizer, rows, rare=6, **options)
+    found = one["perplexities"]["bigram_recall_perplexity"]
+    assert (found["tokens"], one["rare"]) == (score.recall_tokens, 6)
+    assert found["value"] == pytest.approx(score.recall_perplexity)
+    assert 0 < score.recall_tokens < perplexity(model, tokenizer, rows, **options).recall_tokens
+    _, shown, _ = call(line, place)
+    assert "and at most 6 times in training" in " ".join(shown.split())
+
+
 def test_pieces_of_a_single_document_are_texts(call: Call, place: Path) -> None:
     line = "modulation gla --text text.txt --horizon 60 --texts 3 --delimiters ! --reach 2 --json"
     status, out, err = call(line, place)
@@ -92,6 +110,8 @@ def test_pieces_of_a_single_document_are_texts(call: Call, place: Path) -> None:
         ("absent --text text.txt", 1, "absent"),
         ("conv --text text.txt --format gif", 2, "png or svg"),
         ("conv --text text.txt --delimiters auto --delimiters x", 2, "stands alone"),
+        ("conv --text text.txt --rare 3", 2, "--rare needs --training-text"),
+        ("conv --text text.txt --training-text absent.txt", 1, "absent.txt"),
         ("conv", 2, "--text"),
     ],
 )

@@ -78,6 +78,24 @@ def test_plan_and_trial_are_those_of_python(call: Call, place: Path, tmp_path: P
     assert found == [(x.criterion, pytest.approx(x.loss, rel=1e-6)) for x in trial.choices]
 
 
+def test_fitted_recurrences_are_stored_beside_the_plan(
+    call: Call, place: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "plan.yaml"
+    line = f"plan hybrid --text text.txt --kind recurrence --replace 1 {SIZES} --fit-sequences 4"
+    trial = "--try other.txt --try-sequences 2 --seeds 1 --json"
+    status, shown, err = call(f"{line} {trial} -o {out}", place)
+    assert status == 0, err
+    plan = HybridPlan.load(out)
+    assert (plan.kind, plan.criterion, plan.state) == ("recurrence", "recurrence", 3)
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.yaml", "plan.safetensors"}
+    first = json.loads(shown)
+    assert HybridPlan.from_dict(first["plan"]) == plan
+    status, shown, err = call(f"plan hybrid --plan {out} {trial}", place)
+    assert status == 0, err
+    assert json.loads(shown)["trial"] == first["trial"]
+
+
 def test_an_edited_plan_is_tried(call: Call, place: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.yaml"
     line = f"plan hybrid --text text.txt --replace 50% --by head {SIZES} -o {out}"
@@ -95,7 +113,10 @@ def test_an_edited_plan_is_tried(call: Call, place: Path, tmp_path: Path) -> Non
 
 def test_what_cannot_work_is_said_in_one_line(call: Call, place: Path, tmp_path: Path) -> None:
     (tmp_path / "there.yaml").write_text("a: 1\n")
-    there = tmp_path / "there.yaml"
+    there, broken = tmp_path / "there.yaml", tmp_path / "broken.yaml"
+    broken.write_text("a: [b\n")
+    (tmp_path / "there.safetensors").write_bytes(b"")
+    beside = tmp_path / "there.json"
     cases = [
         ("plan hybrid --text text.txt", 2, "--text needs --replace"),
         ("plan hybrid --plan none.yaml --try text.txt", 1, "there is no plan none.yaml"),
@@ -104,13 +125,20 @@ def test_what_cannot_work_is_said_in_one_line(call: Call, place: Path, tmp_path:
         (f"plan hybrid --plan {there}", 2, "--plan needs --try"),
         (f"plan hybrid --plan {there} --try other.txt", 1, "is not the plan of a hybrid"),
         (f"plan hybrid --text text.txt --replace 1 -o {there}", 1, "exists already"),
-        ("plan hybrid --text text.txt --replace x", 1, "--replace takes a positive number"),
+        ("plan hybrid --text text.txt --replace x", 1, "--replace takes a number of layers"),
+        ("plan hybrid --text text.txt --replace 0", 1, "such as 0.25 or 25%; got '0'."),
+        ("plan hybrid --text text.txt --replace 200%", 1, "got '200%'."),
+        ("plan hybrid --text text.txt --replace 1.5", 1, "got '1.5'."),
+        (f"plan hybrid --plan {broken} --try other.txt", 1, "it is not YAML at line 2, column 1."),
+        (f"plan hybrid --text text.txt --replace 1 --kind x {SIZES}", 1, "replacement 'x'"),
+        (f"plan hybrid --text text.txt --replace 1 -o {beside}", 1, "there.safetensors exists"),
         (f"plan hybrid --text text.txt --replace 7 {SIZES}", 1, "replace must be at most 2"),
         (f"plan hybrid --text text.txt --replace 1 --by x {SIZES}", 1, "by must be 'layer' or"),
         (f"plan recurrent --text text.txt --replace 1 {SIZES}", 1, "no attention that a window"),
         ("plan hybrid --text empty.txt --replace 1", 1, "there is no text"),
         ("plan hybrid --text nowhere.txt --replace 1", 1, "cannot be read"),
-        ("plan nowhere --text text.txt --replace 1", 1, "nowhere"),
+        ("plan ./nowhere --text text.txt --replace 1", 1, "there is no model ./nowhere"),
+        ("plan no.gguf --text text.txt --replace 1", 1, "there is no model no.gguf"),
     ]
     for line, expected, message in cases:
         status, out, err = call(line, place)

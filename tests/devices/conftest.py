@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gramian.testing import Wait, simulated_device
+from gramian.testing import Wait
 
 PAGE = Path(__file__).parents[2] / "docs/decisions/waits.md"
 
@@ -34,5 +34,5 @@ def refuse_undocumented(stage: str, waits: Iterable[Wait]) -> None:
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
-    return simulated_device()
+def device(simulated: torch.device) -> torch.device:
+    return simulated

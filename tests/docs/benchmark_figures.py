@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks._trained_filters_page import percent
+
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 
 Results = dict[str, Any]
@@ -23,6 +25,11 @@ Row = tuple["str | None", Callable[[Results], str]]
 def load(file: str) -> Results:
     results: Results = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
     return results
+
+
+def kept(file: str) -> str | None:
+    """The file of results, or None if it was not measured yet."""
+    return file if (RESULTS / f"{file}.json").exists() else None
 
 
 def machine(results: Results) -> str:
@@ -67,8 +74,9 @@ def _closer(r: Results) -> str:
     return f"{r['share_with_smaller_error'] * r['filters']:.0f} of {r['filters']}"
 
 
-def _descents(form: str, steps: int) -> Callable[[Results], str]:
+def _descents(form: str, steps: int, rate: float = 3e-3) -> Callable[[Results], str]:
     """The mean relative errors of descents in a form, by order, or "not run"."""
+    wanted = form, steps, rate
 
     def text(r: Results) -> str:
         errors = []
@@ -76,7 +84,8 @@ def _descents(form: str, steps: int) -> Callable[[Results], str]:
             found = [
                 run["mean relative error"]
                 for run in r["descents"]
-                if (run["form"], run["order"], run["steps"]) == (form, order, steps)
+                if (run["form"], run["steps"], run["learning rate"]) == wanted
+                and run["order"] == order
             ]
             errors.append(f"{found[0]:.1e}".replace("e-0", "e-") if found else "not run")
         return ", ".join(errors)
@@ -224,6 +233,19 @@ def _online(side: str) -> Callable[[Results], str]:
     return lambda r: f"{r['ratio_to_online'][side]:.0f} times faster"
 
 
+def _future_fill(key: str) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        ratios = (f"{case[key]:.1f}" for case in r["future_fill"].values())
+        return f"{', '.join(ratios)} times as fast"
+
+    return text
+
+
+def _held(r: Results) -> str:
+    cases = [case["bytes"] for case in r["future_fill"].values()]
+    return ", ".join(f"{held['online'] / held['FutureFill']:.1f}" for held in cases)
+
+
 def _forms(r: Results) -> str:
     lengths = sorted({row["length"] for row in r["rows"]})
     won = []
@@ -241,6 +263,22 @@ def _order(order: int) -> Callable[[Results], str]:
     def text(r: Results) -> str:
         (row,) = [row for row in r["orders"] if row["order"] == order]
         return f"{row['increase']:+.3%} (filters' error {row['relative error']['mean']:.2f})"
+
+    return text
+
+
+def _kept_taps(taps: int) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        (row,) = [row for row in r["summary"]["taps"] if row["taps"] == taps]
+        return percent(row["increase"])
+
+    return text
+
+
+def _needed_order(order: int, way: str = "unweighted") -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        (row,) = [row for row in r["summary"]["orders"] if row["order"] == order]
+        return percent(row[way]["increase"])
 
     return text
 
@@ -448,8 +486,33 @@ def _modulation(part: str) -> Callable[[Results], str]:
     return lambda r: f"{r[part]['ratio']:.3f} (elsewhere {r[part]['control_ratio']:.3f})"
 
 
+def _once_measured(text: Callable[[Results], str]) -> Callable[[Results], str]:
+    return lambda r: text(r) if r else "not measured yet"
+
+
 def _twins(mixer: str) -> Callable[[Results], str]:
-    return lambda r: spread((run["ratio"] for run in r["twins"] if run["mixer"] == mixer), ".3f")
+    return _once_measured(
+        lambda r: spread(
+            (run["ratios"]["special"] for run in r["runs"] if run["mixer"] == mixer), ".3f"
+        )
+    )
+
+
+def _fall_and_loss(r: Results) -> str:
+    ranks = r["correlations"]["special"]
+    return f"{ranks['recall']:.2f} and {ranks['perplexity']:.2f}"
+
+
+def _hybrids(place: int | None) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        runs = [run for run in r["runs"] if run["place"] == place]
+        accuracy = spread((run["accuracy"] for run in runs), ".3f")
+        if place is None:
+            return accuracy
+        sizes = spread((run["ess"][place - 1] for run in runs), ".1f")
+        return f"{accuracy} (ESS of attention {sizes})"
+
+    return _once_measured(text)
 
 
 def _ranks(values: list[float]) -> list[float]:
@@ -534,6 +597,52 @@ def _enough(r: Results) -> str:
     return " and ".join(f"{side['as good']} of {side['students']}" for side in sides)
 
 
+def _of(results: Results, **chosen: Any) -> list[dict[str, Any]]:
+    """The trainings with some settings."""
+    found = [r for r in results["runs"] if all(r[name] == value for name, value in chosen.items())]
+    assert found, chosen
+    return found
+
+
+def _average(results: Results, what: str, **chosen: Any) -> float:
+    found = [run[what] for run in _of(results, **chosen)]
+    return float(sum(found) / len(found))
+
+
+def _explained(task: str, size: str) -> Callable[[Results], str]:
+    return lambda r: _recall(size)({"runs": _of(r, task=task)})
+
+
+def _accuracy(**chosen: Any) -> Callable[[Results], str]:
+    return lambda r: f"{_average(r, 'accuracy', **chosen):.2f}"
+
+
+def _hard(mixer: str) -> Callable[[Results], str]:
+    """ESS and accuracy of a mixer without the regularizer, on many pairs."""
+
+    def text(r: Results) -> str:
+        chosen = {"label": mixer, "pairs": 15, "penalty": 0.0}
+        sizes = (_average(r, what, **chosen) for what in ("ess", "accuracy"))
+        return "ESS {:.1f}, accuracy {:.2f}".format(*sizes)
+
+    return text
+
+
+def _best(mixer: str) -> Callable[[Results], str]:
+    """The best mean accuracy over the regularizer's λ, with this λ."""
+
+    def text(r: Results) -> str:
+        penalties = {run["penalty"] for run in _of(r, label=mixer, pairs=15)} - {0.0}
+        means = {
+            penalty: _average(r, "accuracy", label=mixer, pairs=15, penalty=penalty)
+            for penalty in penalties
+        }
+        best = max(means, key=means.__getitem__)
+        return f"{means[best]:.2f} (λ = {best:g})"
+
+    return text
+
+
 def _rank_correlation(what: str) -> Callable[[Results], str]:
     return lambda r: f"{r['rank correlations']['4'][what]:.2f}"
 
@@ -565,6 +674,33 @@ def _hybrid(part: str, size: int) -> Callable[[Results], str]:
         )
 
     return text
+
+
+def _fitted(criterion: str, forms: tuple[str, ...]) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        whole = r["tried"]["whole"]["losses"]
+
+        def increase(form: str) -> float:
+            one = r["tried"][f"{form} 10 {criterion} 0"]
+            each = [
+                (a - b) / n for a, b, n in zip(one["losses"], whole, one["counts"], strict=True)
+            ]
+            return sum(each) / len(each)
+
+        return ", ".join(f"{increase(form):+.3f}" for form in forms)
+
+    return text
+
+
+def _fit_errors(r: Results) -> str:
+    def error(layer: Results, errors: list[float]) -> float:
+        lost = math.hypot(*(a * b for a, b in zip(errors, layer["norms"], strict=True)))
+        return lost / math.hypot(*layer["norms"])
+
+    layers = r["plan"]["layers"]
+    window = [error(layer, layer["output_errors"]) for layer in layers]
+    fits = [error(layer, r["fits"]["both"]["errors"][layer["name"]]) for layer in layers]
+    return f"{sum(window) / len(window):.2f}, {sum(fits) / len(fits):.2f}"
 
 
 def _genomes(model: str, job: str) -> Callable[[Results], str]:
@@ -653,6 +789,8 @@ FIGURES: dict[str, list[Row]] = {
     ],
     "Gradient distillation": [
         ("gradient_distillation", _reduced),
+        ("gradient_distillation", _descents("modal", 200_000, 1e-4)),
+        ("gradient_distillation", _descents("rational", 200_000, 1e-4)),
         ("gradient_distillation", _descents("modal", 20_000)),
         ("gradient_distillation", _descents("rational", 20_000)),
         ("gradient_distillation", _descents("rational, stable", 20_000)),
@@ -710,11 +848,23 @@ FIGURES: dict[str, list[Row]] = {
     "Online convolution": [
         ("online_convolution", _online("FFT recomputation")),
         ("online_convolution", _online("dot product")),
+        ("online_convolution", _future_fill("ratio")),
+        ("online_convolution", _future_fill("ratio_of_dot_product")),
+        ("online_convolution", _held),
     ],
     "Quality against order": [
         ("distillation_order", _order(4)),
         ("distillation_order", _order(16)),
         ("distillation_order", _order(64)),
+    ],
+    "Order against loss": [
+        ("trained_filters", _kept_taps(8)),
+        ("trained_filters", _needed_order(1)),
+        ("trained_filters", _needed_order(2)),
+        ("trained_filters", _needed_order(2, "by text")),
+        ("trained_filters", _needed_order(4)),
+        ("trained_filters", _needed_order(16)),
+        ("trained_filters", _needed_order(64)),
     ],
     "Trained to be small": [
         ("hankel_training", _penalized(0)),
@@ -807,8 +957,11 @@ FIGURES: dict[str, list[Row]] = {
     "Memory at delimiters": [
         ("state_modulation", _modulation("documents")),
         ("state_modulation", _modulation("sentences")),
-        ("state_modulation_twins", _twins("softmax_attention")),
-        ("state_modulation_twins", _twins("gated_linear_attention")),
+        *((kept("state_modulation_twins"), _twins(mixer)) for mixer in ("SA", "GLA", "WLA", "LA")),
+        (kept("state_modulation_twins"), _once_measured(_fall_and_loss)),
+    ],
+    "Attention's place in a hybrid": [
+        (kept("hybrid_topology"), _hybrids(place)) for place in (1, 2, 3, 4, None)
     ],
     "Memory and recall": [
         ("ess_effects_recall", _recall("ess")),
@@ -819,6 +972,25 @@ FIGURES: dict[str, list[Row]] = {
         ("ess_effects_state", _growth("GLA-S6, c = n")),
         ("ess_effects_normalization", _normalized),
         ("ess_effects_regularizer", _lifted("GLA")),
+    ],
+    "Memory on three tasks": [
+        ("ess_tasks", _explained("copying", "ess")),
+        ("ess_tasks", _explained("copying", "tss")),
+        ("ess_tasks", _explained("compression", "ess")),
+        ("ess_tasks", _explained("compression", "tss")),
+    ],
+    "S6 and recall": [
+        ("ess_s6", _accuracy(label="S6", layers=1, rate=3e-3)),
+        ("ess_s6", _accuracy(label="S6", layers=1, rate=1e-2)),
+        ("ess_s6", _accuracy(label="GLA")),
+        ("ess_s6", _accuracy(label="GLA-S6, c = n")),
+    ],
+    "Memory in hard recall": [
+        ("ess_collapse", _hard("LA")),
+        ("ess_collapse", _hard("GLA")),
+        ("ess_collapse", _hard("WLA")),
+        ("ess_collapse", _best("GLA")),
+        ("ess_collapse", _best("WLA")),
     ],
     "Memory and distillation": [
         ("ess_distillation", _rank_correlation("error")),
@@ -836,6 +1008,10 @@ FIGURES: dict[str, list[Row]] = {
         ("planning", _hybrid("layers", 10)),
         ("planning", _hybrid("heads", 45)),
         ("planning", _hybrid("recurrences", 10)),
+    ],
+    "Fitted recurrences": [
+        ("fitted_recurrences", _fit_errors),
+        ("fitted_recurrences", _fitted("own", ("window", "both", "short window"))),
     ],
     "Genomes": [
         ("genomes", _genomes(model, job))

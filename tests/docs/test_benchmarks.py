@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import _published_page as published
 from benchmarks import ecosystem, serving
 from benchmarks._coverage_page import fill, summary
 from benchmarks._pages import fill_marks
-from tests.docs.benchmark_figures import FIGURES, load, machine
+from benchmarks._trained_filters_page import blocks as order_tables
+from gramian.tasks import IGNORED
+from tests.docs.benchmark_figures import FIGURES, kept, load, machine
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/results/benchmarks.md").read_text(encoding="utf-8")
@@ -75,13 +79,67 @@ def test_the_tables_of_the_page_on_tools_and_of_the_guide_to_serving_are_made_fr
     assert fill_marks(guide, {"serving": table}) == guide
 
 
+def test_the_page_on_distillation_is_made_from_the_results() -> None:
+    page = (ROOT / "docs/results/distillation.md").read_text(encoding="utf-8")
+    assert fill_marks(page, order_tables(load("trained_filters"))) == page
+
+
 def test_the_page_on_planning_has_the_tables_of_the_results() -> None:
     pytest.importorskip("transformers")
+    from benchmarks.fitted_recurrences import tables as fitted_tables
     from benchmarks.planning import tables
 
     page = (ROOT / "docs/results/planning.md").read_text(encoding="utf-8")
     for table in tables(load("planning")).split("\n\n")[1:]:
         assert table in page
+    for table in fitted_tables(load("fitted_recurrences")).split("\n\n")[1:]:
+        assert table in page
+
+
+@pytest.mark.parametrize(
+    ("file", "marks"),
+    [
+        ("state_modulation", ("modulation", "perplexities", "correlations")),
+        ("hybrid_topology", ("topology",)),
+    ],
+)
+def test_pages_with_marks_have_the_tables_of_the_results(file: str, marks: tuple[str, ...]) -> None:
+    pytest.importorskip("transformers")
+    from benchmarks import hybrid_topology, state_modulation
+
+    found = kept("state_modulation_twins" if file == "state_modulation" else file)
+    blocks = dict.fromkeys(marks, "Not measured yet.")
+    if found and file == "state_modulation":
+        blocks = state_modulation.tables(load(found))
+        assert load(found)["correlations"] == state_modulation.correlations(load(found)["runs"])
+    elif found:
+        blocks = {"topology": hybrid_topology.topology_table(load(found)["runs"])}
+    page = (ROOT / f"docs/results/{file}.md").read_text(encoding="utf-8")
+    assert fill_marks(page, blocks) == page
+
+
+@pytest.mark.parametrize("name", ["ess_tasks", "ess_s6", "ess_collapse"])
+def test_the_page_on_memory_in_use_has_the_tables_of_the_results(name: str) -> None:
+    pytest.importorskip("transformers")
+    module = importlib.import_module(f"benchmarks.{name}")
+    page = (ROOT / "docs/results/ess_effects.md").read_text(encoding="utf-8")
+    assert fill_marks(page, module.blocks(load(name)["runs"])) == page
+
+
+@pytest.mark.parametrize("task", ["recall", "copying", "compression"])
+@pytest.mark.parametrize("pairs", [4, 8])
+def test_small_trainings_draw_as_many_answers_as_there_are_items(task: str, pairs: int) -> None:
+    pytest.importorskip("transformers")
+    from benchmarks._ess_trainings import Setting, tokens
+
+    setting = Setting(task=task, mixer="LA", state=4, pairs=pairs, length=32, steps=0, seed=0)
+    x, y = tokens(setting, np.random.default_rng(0), 16, pairs)
+    assert x.shape == y.shape
+    assert ((y != IGNORED).sum(1) == pairs).all()
+    x, y = tokens(setting, np.random.default_rng(0), 64, 1)
+    counts = (y != IGNORED).sum(1)
+    assert counts.min() >= 1
+    assert counts.max() <= pairs
 
 
 def test_the_page_on_distillation_has_the_tables_of_the_results() -> None:

@@ -28,6 +28,7 @@ REGISTRIES = (
     ("gramian.tasks.kinds", "_REGISTRY"),
     ("gramian.tasks.documents", "_READERS"),
     ("gramian.checkpoints._format", "FORMATS"),
+    ("gramian.hybrids._replacement", "KINDS"),
 )
 
 

@@ -18,7 +18,7 @@ pytest.importorskip("accelerate")
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gramian import cli
-from gramian.evaluation import evaluate_task, perplexity
+from gramian.evaluation import count_bigrams, evaluate_task, perplexity
 from gramian.models import (
     ByteTokenizer,
     GramianConfig,
@@ -55,6 +55,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     signal = GramianConfig(**sizes, num_heads=2, input_size=1, num_labels=2)
     GramianForSignalRegression(signal).save_pretrained(folder / "signal")
     (folder / "text.txt").write_text("All models are wrong, some are small. " * 3)
+    (folder / "one.txt").write_text("A")
     (folder / "latin.txt").write_bytes("naïve".encode("latin-1"))
     run = {"output": "x", "seed": 7, "task": LISTOPS, "model": {}, "optimization": {"steps": 1}}
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
@@ -93,6 +94,23 @@ def test_a_text_by_two_kinds_of_models(workplace: Path, call: Call) -> None:
         assert values["bits_per_byte"] == pytest.approx(score.bits_per_byte, rel=1e-5)
     status, out, _ = call("ours --against gpt2 --text text.txt --window 16")
     assert status == 0 and "difference" in out and "perplexity" in out
+
+
+def test_a_training_text_bounds_what_counts_as_recalled(workplace: Path, call: Call) -> None:
+    text = (workplace / "text.txt").read_text()
+    bigrams = count_bigrams(text, ByteTokenizer())
+    model = load(workplace / "ours")
+    for given, rare in (("", None), (" --rare 3", 3)):
+        line = f"ours --text text.txt --window 64 --training-text text.txt{given} --json"
+        status, out, err = call(line)
+        assert status == 0, err
+        report = json.loads(out)
+        score = perplexity(
+            model, ByteTokenizer(), text, window=64, training_bigrams=bigrams, rare=rare
+        )
+        tokens = {one["metric"]: one["tokens"] for one in report["measures"]}
+        assert tokens.get("bigram_recall_perplexity", 0) == score.recall_tokens
+        assert report["conditions"]["rare"] == score.rare == (rare or 1250)
 
 
 def test_tasks_with_settings_and_of_a_training_configuration(workplace: Path, call: Call) -> None:
@@ -139,6 +157,9 @@ def test_tasks_with_settings_and_of_a_training_configuration(workplace: Path, ca
         ("ours --text nowhere.txt", 1, "the text nowhere.txt cannot be read: No such file"),
         ("ours --text latin.txt", 1, "is not UTF-8 text"),
         ("ours --text text.txt --window 4 --stride 5", 2, "--stride must be at most --window, 4"),
+        ("ours --text text.txt --rare 3", 2, "--rare needs --training-text; got 3 alone"),
+        ("ours --task mqar --training-text text.txt", 2, "--training-text needs --text"),
+        ("ours --text text.txt --training-text one.txt", 1, "--training-text: no document has two"),
         ("ours --text text.txt --output gpt2", 1, "exists already"),
         ("ours --text text.txt --device nowhere", 1, "--device nowhere"),
         ("small --text text.txt", 1, "has no tokenizer, so it cannot read a text; save the one"),

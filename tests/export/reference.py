@@ -12,6 +12,17 @@ from gramian.export import ExportedRecurrence
 WIDTH = 6
 
 
+def padded_rows(length: int, vocabulary: int = 101) -> tuple[np.ndarray, np.ndarray]:
+    """Four prompts and their mask: no padding, then on the left, on the right, between tokens."""
+    generator = np.random.default_rng(length)
+    ids, mask = generator.integers(vocabulary, size=(4, length)), np.ones((4, length), dtype=int)
+    mask[1, : length // 3] = 0
+    mask[2, length // 2 :] = 0
+    mask[3] = generator.random(length) < 0.5
+    mask[3, 1] = 1
+    return ids, mask
+
+
 def run_both(
     target: Any, run: ExportedRecurrence, x: torch.Tensor, time: int, tolerance: float
 ) -> None:

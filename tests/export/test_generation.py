@@ -304,10 +304,12 @@ def test_past_the_room_of_attention_nothing_is_a_number(
             np.testing.assert_allclose(logits, expected[:, place], atol=1e-4)
         else:
             assert np.isnan(logits).all()
-    zeros = exported.initial_state(2).tensors
-    logits, tensors = exported._prefill(ids.numpy(), zeros)
-    assert np.isnan(logits).all()
-    logits, tensors = exported._prefill(np.ascontiguousarray(ids[:, :CONTEXT].numpy()), zeros)
+    zeros, mask = exported.initial_state(2).tensors, np.ones(ids.shape, dtype=np.int64)
+    mask[1, :3] = 0  # this row has room
+    logits, tensors = exported._prefill(ids.numpy(), zeros, mask)
+    assert np.isnan(logits[0]).all() and np.isfinite(logits[1]).all()
+    first = np.ascontiguousarray(ids[:, :CONTEXT].numpy())
+    logits, tensors = exported._prefill(first, zeros, np.ones_like(first))
     np.testing.assert_allclose(logits, expected[:, CONTEXT - 1], atol=1e-4)
 
 
@@ -318,5 +320,12 @@ def test_a_state_knows_what_it_has_taken(exported: ExportedModel, ids: torch.Ten
     assert exported.initial_state(2).taken == ExportedState(exported.initial_state(2).tensors).taken
     with pytest.raises(ValueError, match=f"room for {CONTEXT} tokens, {CONTEXT + 1} are wanted"):
         exported.prefill(np.ones((3, CONTEXT - 11), dtype=int), rebuilt)
+    mask = np.ones((3, 40), dtype=int)
+    mask[1:, :9] = 0  # there is room for the tokens of these rows, but not of the first
+    with pytest.raises(ValueError, match=f"room for {CONTEXT} tokens, 52 are wanted"):
+        exported.prefill(np.ones((3, 40), dtype=int), rebuilt, attention_mask=mask)
+    mask[0, :4] = 0
+    _, full = exported.prefill(np.ones((3, 40), dtype=int), rebuilt, attention_mask=mask)
+    assert full.counts is not None and full.counts.tolist() == [48, 43, 43]
     other = {name: tensor for name, tensor in state.tensors.items() if not name.endswith("real")}
     assert ExportedState(other).taken is None and ExportedState(other, 5).taken == 5

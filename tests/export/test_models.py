@@ -17,6 +17,7 @@ pytest.importorskip("transformers")
 from gramian.distillation import distill
 from gramian.export import ExportedModel, ExportReport, export_model
 from gramian.models import ByteTokenizer, GramianConfig, GramianForCausalLM
+from tests.export.reference import padded_rows
 
 MODAL = {"type": "modal", "orders": 5}
 WINDOW = {"type": "explicit", "taps": 9, "skip": True}  # what is exported fastest
@@ -151,6 +152,62 @@ def test_prompts_of_any_length_and_batch(
     logits, state = run.step(ids[:, length].numpy(), state)
     after = distilled(ids[:, length:], past_key_values=output.past_key_values, use_cache=True)
     np.testing.assert_allclose(logits, after.logits[:, -1], atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [2, 33, 100])
+def test_rows_of_a_padded_batch_are_what_they_are_alone(
+    distilled: GramianForCausalLM, exported: Path, length: int
+) -> None:
+    run = ExportedModel(exported, threads=1)
+    ids, mask = padded_rows(length)
+    logits, state = run.prefill(ids, attention_mask=mask)
+    in_chunks, continued = run.prefill(ids, attention_mask=mask, chunk_size=23)
+    np.testing.assert_allclose(in_chunks, logits, atol=1e-4)
+    after, state = run.step(ids[:, 0], state)
+    again, _ = run.step(ids[:, 0], continued)
+    np.testing.assert_allclose(again, after, atol=1e-4)
+    assert state.counts is not None and state.counts.tolist() == (mask.sum(1) + 1).tolist()
+    assert state.taken == length + 1
+    for row in range(4):
+        alone = torch.from_numpy(np.append(ids[row, mask[row] == 1], ids[row, 0]))[None]
+        expected = distilled(alone).logits[0]
+        np.testing.assert_allclose(logits[row], expected[-2], atol=1e-4)
+        np.testing.assert_allclose(after[row], expected[-1], atol=1e-4)
+
+
+def test_a_server_of_padded_prompts_needs_onnxruntime_only(exported: Path) -> None:
+    import onnxruntime
+
+    run = ExportedModel(exported, threads=1)
+    ids, mask = padded_rows(12)
+    session = onnxruntime.InferenceSession(str(exported / "prefill.onnx"))
+    given = {given.name: given for given in session.get_inputs()}["attention_mask"]
+    assert (given.type, len(given.shape)) == ("tensor(int64)", 2)
+    states = run.initial_state(4).tensors
+    logits, *_ = session.run(None, {"input_ids": ids, "attention_mask": mask, **states})
+    np.testing.assert_allclose(logits, run.prefill(ids, attention_mask=mask)[0], atol=1e-5)
+
+
+def test_padded_prompts_are_continued_as_the_model_does(
+    distilled: GramianForCausalLM, exported: Path
+) -> None:
+    ids, mask = padded_rows(20)
+    tensors = {"inputs": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    written = distilled.generate(**tensors, max_new_tokens=30, do_sample=False)
+    run = ExportedModel(exported, threads=1)
+    assert np.array_equal(run.generate(ids, 30, attention_mask=mask), written.numpy())
+
+
+def test_masks_that_cannot_be_meant_are_refused(exported: Path) -> None:
+    run = ExportedModel(exported, threads=1)
+    ids, mask = padded_rows(5)
+    for wrong in (mask[:2], mask[0], mask * 2, mask - 1.5):
+        with pytest.raises(ValueError, match=r"attention_mask must be \(4, 5\) of ones for tokens"):
+            run.prefill(ids, attention_mask=wrong)
+    mask[2] = 0
+    with pytest.raises(ValueError, match="row 2 of attention_mask has no token"):
+        run.prefill(ids, attention_mask=mask)
 
 
 def test_the_folder_says_what_it_holds(distilled: GramianForCausalLM, exported: Path) -> None:

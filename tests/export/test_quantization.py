@@ -47,6 +47,18 @@ def test_programs_of_eight_bits_compute_nearly_the_same(tmp_path: Path) -> None:
         expected = model(ids).logits.numpy()
     prompt, state = run.prefill(ids[:, :19].numpy())
     after, _ = run.step(ids[:, 19].numpy(), state)
-    for found, exact in ((prompt, expected[:, 18]), (after, expected[:, 19])):
+    padded, mask = np.pad(ids[:, :19].numpy(), ((0, 0), (4, 0))), np.ones((2, 23), dtype=int)
+    mask[:, :4] = 0
+    mask[1, 4:12] = 0
+    with torch.no_grad():
+        shorter = model(ids[1:, 8:]).logits.numpy()[0]
+    made, state = run.prefill(padded, attention_mask=mask)
+    later, _ = run.step(ids[:, 19].numpy(), state)
+    for found, exact in (
+        (prompt, expected[:, 18]),
+        (after, expected[:, 19]),
+        (made, np.stack([expected[0, 18], shorter[10]])),
+        (later, np.stack([expected[0, 19], shorter[11]])),
+    ):
         error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
         assert 1e-5 < error < 0.05, error

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ class Foreign(nn.Module):
         self.head.weight = self.embedding.weight
 
 
-def options_of(model: nn.Module, **kwargs: float) -> dict[str, dict[str, float]]:
+def options_of(model: nn.Module, **kwargs: Any) -> dict[str, dict[str, float]]:
     """Options by name of the parameter; fails where a parameter is in two groups or in none."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     found: dict[str, dict[str, float]] = {}
@@ -74,6 +75,10 @@ def test_what_the_filters_ask_for() -> None:
     }
     assert trained.optimizer_hints()["features"] == {"weight_decay": 0.0, "lr": 1e-5}
     assert trained.optimizer_hints()["output.weight"] == {"weight_decay": 0.0, "lr": 3e-4}
+    assert trained.bias is not None and "bias" not in trained.optimizer_hints()
+    for time_lr, hint in ((3e-4, {"lr": 3e-4}), (None, {})):
+        same = ImplicitFilter(4, 16, hidden=8, trainable_time=True, time_lr=time_lr)
+        assert same.optimizer_hints()["features"] == {"weight_decay": 0.0} | hint
     assert modal.optimizer_hints()["angle"] == {"weight_decay": 0.0}
     assert slow.optimizer_hints()["log_decay"] == {"weight_decay": 0.0, "lr": 1e-4}
 
@@ -84,7 +89,7 @@ def test_an_exact_partition_of_a_foreign_model() -> None:
     assert found["layers.0.in_proj.weight"] == plain
     assert found["layers.0.short.weight"] == plain
     assert found["layers.0.filter.output.weight"] == {"lr": 3e-4, "weight_decay": 0.0}
-    assert found["layers.0.filter.bias"] == {"lr": 3e-4, "weight_decay": 0.0}
+    assert found["layers.0.filter.bias"] == undecayed
     assert found["layers.1.filter.a"] == undecayed
     assert found["layers.1.filter.b"] == plain
     assert found["layers.2.filter.angle"] == {"lr": 1e-4, "weight_decay": 0.0}
@@ -92,6 +97,21 @@ def test_an_exact_partition_of_a_foreign_model() -> None:
     assert found["layers.3.1.weight"] == plain
     for name in ("embedding.weight", "layers.0.in_proj.bias", "layers.3.0.weight"):
         assert found[name] == undecayed, name
+
+
+def test_everything_without_a_hint_decays_if_all_parameters_do() -> None:
+    model, decayed = Foreign(), {"lr": 1e-3, "weight_decay": 0.1}
+    hinted = {
+        f"{path}.{name}": {"lr": 1e-3} | options
+        for path, filter in model.named_modules()
+        if isinstance(filter, Filter)
+        for name, options in filter.optimizer_hints().items()
+    }
+    found = options_of(model, decay_all=True)
+    assert found == {name: hinted.get(name, decayed) for name in found}
+    assert found["layers.0.filter.bias"] == found["layers.3.0.bias"] == decayed
+    assert found["embedding.weight"] == decayed
+    assert options_of(model) != found
 
 
 def test_a_filter_alone_is_a_model_too() -> None:

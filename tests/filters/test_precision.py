@@ -12,7 +12,7 @@ from gramian.filters import RTF, build
 from gramian.mixers import Hyena, LongConvolution
 from gramian.ops.polynomial import rational_kernel, single_precision_error
 from gramian.reduction import reduce
-from gramian.testing import check_device, check_filter, simulated_device, without_float64
+from gramian.testing import check_device, check_filter, without_float64
 from tests.filters.test_filters import CONFIGS
 
 RADII = [0.5, 0.9, 0.99, 0.999, 0.9999, 1 - 1e-6]
@@ -101,18 +101,17 @@ def test_a_filter_in_single_precision_keeps_to_its_error(stability: str, length:
     torch.testing.assert_close(taps, whole[:, :length])
 
 
-def test_the_default_is_double_precision_where_a_device_has_it() -> None:
-    device = simulated_device()
+def test_the_default_is_double_precision_where_a_device_has_it(simulated: torch.device) -> None:
     filter = RTF(2, 3, 16, initialization="montel")
     assert filter(16).dtype == torch.float64
-    filter.to(device)
+    filter.to(simulated)
     assert filter(16).dtype == torch.float64
     with without_float64():
         assert filter(16).dtype == torch.float32
     assert build({**RTF(2, 3, 16).config(), "precision": "single"})(16).dtype == torch.float32
 
 
-def test_single_precision_conforms() -> None:
+def test_single_precision_conforms(simulated: torch.device) -> None:
     torch.manual_seed(0)
     filter = RTF(4, 3, 40, precision="single", initialization="montel")
     check_filter(filter)
@@ -129,29 +128,30 @@ def test_bad_input_gets_one_sentence() -> None:
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, "rtf_schur", "rtf_montel"])
-def test_a_device_without_double_precision_runs_a_filter_or_refuses_it(name: str) -> None:
+def test_a_device_without_double_precision_runs_a_filter_or_refuses_it(
+    name: str, simulated: torch.device
+) -> None:
     torch.manual_seed(0)
     config = CONFIGS.get(name, {"type": "rtf", "state_size": 4, "stability": name[4:]})
     filter = build(config, channels=4, max_length=40)
     mixer = LongConvolution(filter)
     x = torch.randn(2, 30, 4)
     expected = mixer(x)
-    device = simulated_device()
-    mixer.to(device)
+    mixer.to(simulated)
     with without_float64():
         if filter.needs_float64:
             with pytest.raises(NotImplementedError, match="the device 'simulated' does not have"):
-                mixer(x.to(device))
+                mixer(x.to(simulated))
             return
-        y = mixer(x.to(device))
+        y = mixer(x.to(simulated))
         y.square().sum().backward()
         assert distance(y.cpu().flatten(), expected.flatten()) < 1e-4
         with torch.no_grad():
             recurrence = mixer.recurrence()
-            first, state = recurrence.prefill(x[:, :20].to(device))
+            first, state = recurrence.prefill(x[:, :20].to(simulated))
             steps = [first]
             for t in range(20, 30):
-                step, state = recurrence.step(x[:, t].to(device), state)
+                step, state = recurrence.step(x[:, t].to(simulated), state)
                 steps.append(step.unsqueeze(1))
         assert distance(torch.cat(steps, 1).cpu().flatten(), expected.flatten()) < 1e-4
 
@@ -162,26 +162,24 @@ def test_every_filter_says_whether_it_needs_double_precision() -> None:
     assert needing == {"modal", "s4", "s4d"}
 
 
-def test_a_reduction_leaves_a_device_without_double_precision() -> None:
+def test_a_reduction_leaves_a_device_without_double_precision(simulated: torch.device) -> None:
     """It computes on the CPU, and its results return in single precision."""
     torch.manual_seed(0)
     taps = 0.9 ** torch.arange(30) * torch.randn(2, 30)
     expected = reduce(taps, 4)
-    device = simulated_device()
     with without_float64():
-        found = reduce(taps.to(device), 4)
-    assert found.relative_error.device == device and found.relative_error.dtype == torch.float32
+        found = reduce(taps.to(simulated), 4)
+    assert found.relative_error.device == simulated and found.relative_error.dtype == torch.float32
     torch.testing.assert_close(
         found.relative_error.cpu().double(), expected.relative_error.double()
     )
 
 
-def test_a_model_with_rtf_trains_without_double_precision() -> None:
+def test_a_model_with_rtf_trains_without_double_precision(simulated: torch.device) -> None:
     torch.manual_seed(0)
-    device = simulated_device()
     config = {"type": "rtf", "state_size": 4, "stability": "schur", "initialization": "schur"}
-    mixer = Hyena(6, config, max_length=40).to(device)
-    x = torch.randn(2, 33, 6).to(device)
+    mixer = Hyena(6, config, max_length=40).to(simulated)
+    x = torch.randn(2, 33, 6).to(simulated)
     optimizer = torch.optim.AdamW(mixer.parameters(), lr=0.01)
     with without_float64():
         losses = []

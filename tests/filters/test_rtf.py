@@ -238,6 +238,9 @@ def test_gradients_reach_the_parameters_of_every_parametrisation() -> None:
         ({"stability": "schur", "initialization": "xavier"}, "unstable"),
         ({"direct": "two"}, "direct must be one of 'normal', 'one'; got 'two'"),
         ({"optimizer_scope": "numerators"}, "optimizer_scope must be one of 'denominators', 'all'"),
+        ({"direct_scale": 0.0}, "direct_scale must be .*; got 0.0"),
+        ({"slack_initialization": "zero"}, "slack_initialization must be one of 'one', 'uniform'"),
+        ({"slack_initialization": "uniform"}, 'only stability "montel" has a slack; got .*"none"'),
         ({"weight_decay": -0.1}, "weight_decay must be a finite number of at least 0; got -0.1"),
         ({"weight_decay": "1e-2"}, "weight_decay must be a finite number .*; got '1e-2'"),
         ({"lr": "1e-3"}, "lr must be None or a learning rate .*; got '1e-3'"),
@@ -261,10 +264,9 @@ def test_the_scope_of_learning_rate_and_weight_decay(stability: str) -> None:
     names = {name for name, _ in rtf.named_parameters()}
     assert rtf.optimizer_hints() == {name: {"weight_decay": 0.05} for name in names - {"b", "d"}}
     whole = RTF(4, 4, 20, stability=stability, lr=2e-4, weight_decay=0.07, optimizer_scope="all")
-    (group,) = parameter_groups(whole, lr=1.0, weight_decay=1.0)
-    assert {parameter.ndim for parameter in group["params"]} == {1, 2}
-    assert len(group["params"]) == len(names)
-    assert (group["lr"], group["weight_decay"]) == (2e-4, 0.07)
+    assert whole.optimizer_hints() == {
+        name: {"weight_decay": 0.07, "lr": 2e-4} for name in names - {"slack"}
+    }
     (group,) = parameter_groups(RTF(4, 4, 20, optimizer_scope="all"), lr=1.0, weight_decay=1.0)
     assert (group["lr"], group["weight_decay"]) == (1.0, 0.0)
 
@@ -282,6 +284,41 @@ def test_a_direct_term_of_one() -> None:
         rtf.d.zero_()
     rtf.reset_parameters()
     assert bool((rtf.d == 1).all())
+
+
+@pytest.mark.parametrize("numerator", ["truncated", "exact"])
+def test_a_scaled_direct_term(numerator: str) -> None:
+    """As in the published Hyena-RTF, where h_0 is in the kernel and is the layer's bias too."""
+    torch.manual_seed(0)
+    plain = RTF(4, 4, 20, numerator=numerator, stability="montel", initialization="montel")
+    twice = RTF(4, 4, 20, numerator=numerator, stability="montel", direct_scale=2.0)
+    twice.load_state_dict(plain.state_dict())
+    expected = plain().impulse_response(20)
+    expected[:, 0] += plain.d
+    torch.testing.assert_close(twice().impulse_response(20), expected)
+    torch.testing.assert_close(twice.direct_term(), 2 * plain.d)
+
+
+def test_a_scaled_direct_term_is_resampled() -> None:
+    torch.manual_seed(0)
+    once = RTF(4, 3, 40, stability="schur", initialization="schur")
+    twice = RTF(4, 3, 40, stability="schur", direct_scale=2.0)
+    twice.load_state_dict(once.state_dict() | {"d": once.d.detach() / 2})
+    once.resample(2)
+    twice.resample(2)
+    torch.testing.assert_close(twice().impulse_response(40), once().impulse_response(40))
+
+
+def test_a_slack_that_starts_uniform() -> None:
+    torch.manual_seed(0)
+    rtf = RTF(
+        256, 4, 20, stability="montel", initialization="montel", slack_initialization="uniform"
+    )
+    slack, theta = rtf.slack.detach(), rtf.a.detach()
+    assert 0 <= float(slack.min()) < 0.05 and 0.95 < float(slack.max()) <= 1
+    assert float(theta.abs().max()) <= 1 / 4  # the drawn numbers themselves, as published
+    expected = theta / (theta.abs().sum(-1) + slack + 1e-6)[:, None]
+    torch.testing.assert_close(rtf.denominator().detach(), expected.double())
 
 
 @pytest.mark.parametrize("stability", STABILITIES)

@@ -163,6 +163,29 @@ def test_masks_are_made_in_parts(monkeypatch: pytest.MonkeyPatch, window: int | 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+def test_dropped_weights_keep_the_mean_in_training_only(masked: bool) -> None:
+    """Over many draws, the mean output is the one without dropout; a state drops nothing."""
+    torch.manual_seed(0)
+    dropped = SoftmaxAttention(WIDTH, 2, dropout=0.25).double()
+    whole = SoftmaxAttention(WIDTH, 2).double().eval()
+    whole.load_state_dict(dropped.state_dict())
+    assert dropped.config()["dropout"] == 0.25
+    x = signal(1, 6)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1]]) if masked else None
+    expected = whole(x, mask=mask)[:, 1:]
+    rows = 4096
+    rows_mask = None if mask is None else mask.expand(rows, -1)
+    many = dropped(x.expand(rows, -1, -1), mask=rows_mask)[:, 1:]
+    assert float((many - expected).abs().amax()) > 0.1
+    deviation = many.std(0) / math.sqrt(rows)
+    assert float(((many.mean(0) - expected[0]) / deviation).abs().amax()) < 5
+    assert_close(dropped.eval()(x, mask=mask)[:, 1:], expected)
+    y, _ = dropped.train()(x, dropped.recurrence().initial_state(1), mask=mask)
+    assert_close(y[:, 1:], dropped.eval()(x, mask=mask)[:, 1:])
+
+
+@torch.no_grad()
 def test_it_is_the_attention_of_llama() -> None:
     """Separate projections concatenate; rotations follow the same convention."""
     torch.manual_seed(0)
@@ -255,6 +278,7 @@ def test_a_block_takes_it() -> None:
         ({"heads": 5}, "heads must divide the width 12; got 5"),
         ({"heads": 0}, "heads must divide"),
         ({"heads": 4, "kv_heads": 3}, "kv_heads must divide the 4 heads; got 3"),
+        ({"heads": 2, "dropout": 1.0}, "dropout must be a probability, .* below 1; got 1.0"),
         ({"heads": 2, "window": 0}, "window must be an integer of at least 1; got 0"),
         ({"heads": 4}, "rotary_width must be even.*got 3"),
         ({"heads": 2, "rotary_width": 8}, "rotary_width must be even.*at most.*6; got 8"),

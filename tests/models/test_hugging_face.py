@@ -110,9 +110,14 @@ def place(folder: Path, way: str) -> torch.nn.Module:
     if way == "auto":
         return GramianForCausalLM.from_pretrained(folder, device_map="auto")
     if way == "disk":
-        return GramianForCausalLM.from_pretrained(
-            folder, device_map={"": "disk"}, offload_folder=store
-        )
+        try:
+            return GramianForCausalLM.from_pretrained(
+                folder, device_map={"": "disk"}, offload_folder=store
+            )
+        except ValueError as error:  # before accelerate 1.15
+            if "offload the whole model to the disk" not in str(error):
+                raise
+            pytest.skip(str(error))
     if way == "layers":
         places = {"model.layers.1": "disk"}
         for name in ("embed_tokens", "layers.0", "norm", "embedding_dropout"):
@@ -279,9 +284,7 @@ def test_a_fresh_process_loads_a_folder_with_trust_remote_code(
     ran = run_fresh(FRESH, writer, tokenizer, tmp_path, TEXT)
     assert ran.returncode == 0, ran.stderr
     missing, text, files = ran.stdout.strip().splitlines()
-    assert missing == (
-        "this model needs the package gramian: install it with `pip install gramian[models]`."
-    )
+    assert missing == 'this model needs the package gramian: pip install "gramian[models]".'
     assert text == str(continued(writer, tokenizer, TEXT).encode())
     names = ["config.json", "generation_config.json", "model.safetensors", f"{MODULE}.py"]
     assert sorted(files.split()) == sorted(names)

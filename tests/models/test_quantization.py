@@ -194,6 +194,10 @@ def test_the_package_of_the_method_is_named(base: Path, monkeypatch: pytest.Monk
         describe(method)
         with pytest.raises(ImportError, match=f"base are quantized: pip install {package}"):
             load(base)
+    describe("torchao")
+    for config in (None, GramianConfig.from_pretrained(base)):  # an Auto class reads it before
+        with pytest.raises(ImportError, match="base are quantized: pip install torchao"):
+            GramianForCausalLM.from_pretrained(base, config=config)
 
 
 def test_folders_of_quanto(base: Path, make_tokens: MakeTokens, tmp_path: Path) -> None:

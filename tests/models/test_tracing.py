@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
+from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
 from torch.testing import assert_close
 
 from gramian.models import GramianConfig, GramianForCausalLM, GramianForSequenceClassification
+
+pytestmark = pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.9"), reason="graphs of whole models need PyTorch 2.9"
+)
 
 MakeConfig = Callable[..., GramianConfig]
 MakeTokens = Callable[[int, int], torch.Tensor]
@@ -72,7 +78,7 @@ def test_export(model: GramianForCausalLM, make_tokens: MakeTokens, masked: bool
         shapes["attention_mask"] = open_
     with torch.no_grad():
         graph = torch.export.export(model, (), inputs, dynamic_shapes=shapes).module()
-    for batch, length in ((1, 7), (3, 40), (2, LENGTH), (2, ROWS), (1, 1024)):
+    for batch, length in ((1, 1), (2, 2), (1, 7), (3, 40), (2, LENGTH), (2, ROWS), (1, 1024)):
         mask = padded(batch, length) if masked else None
         agrees(graph, model, make_tokens(batch, length), mask)
 
@@ -93,11 +99,15 @@ def test_export_of_a_classifier(make_config: MakeConfig, make_tokens: MakeTokens
 
 @pytest.mark.slow
 def test_compile(model: GramianForCausalLM, make_tokens: MakeTokens) -> None:
+    """One graph for all sizes without a mask, one with a mask, and no break in either."""
     torch.compiler.reset()
-    compiled = torch.compile(model, backend="eager", dynamic=True)
+    graphs = CompileCounter()
+    compiled = torch.compile(model, backend=graphs, dynamic=True, fullgraph=True)
     try:
-        for batch, length in ((2, 12), (3, 40), (2, 65)):
-            agrees(compiled, model, make_tokens(batch, length), None)
-            agrees(compiled, model, make_tokens(batch, length), padded(batch, length))
+        for masked in (False, True):
+            for batch, length in ((2, 12), (3, 40), (2, 65)):
+                mask = padded(batch, length) if masked else None
+                agrees(compiled, model, make_tokens(batch, length), mask)
+            assert graphs.frame_count == 1 + masked
     finally:
         torch.compiler.reset()

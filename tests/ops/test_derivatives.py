@@ -165,6 +165,21 @@ def case(request):
     return function, tuple(inputs)
 
 
+def has_irfft_twice_forward() -> bool:
+    """Whether PyTorch differentiates its own FFT twice in forward mode, which 2.6 cannot do."""
+
+    def energy(x: torch.Tensor) -> torch.Tensor:
+        return torch.fft.irfft(2 * torch.fft.rfft(x, n=8), n=8).sin().sum()
+
+    try:
+        jacfwd(jacfwd(energy))(torch.ones(1, 4, dtype=torch.float64))
+    except RuntimeError as error:
+        if "MKL FFT error" not in str(error):
+            raise
+        return False
+    return True
+
+
 def flat(function, *inputs: torch.Tensor) -> torch.Tensor:
     """What the function returns, as one real vector."""
     outputs = function(*inputs)
@@ -193,7 +208,7 @@ def test_derivatives_of_derivatives(case):
     )
 
 
-def test_transforms(case):
+def test_transforms(case, request):
     function, inputs = case
     inputs = tuple(torch.view_as_real(x) if x.is_complex() else x for x in inputs)
     complex_inputs = [x.is_complex() for x in case[1]]
@@ -228,7 +243,8 @@ def test_transforms(case):
 
     nested = torch.autograd.functional.hessian(of_last, last)
     torch.testing.assert_close(hessian(of_last)(last), nested)  # forward over reverse
-    torch.testing.assert_close(jacfwd(jacfwd(of_last))(last), nested)
+    if "online" not in request.node.name or has_irfft_twice_forward():
+        torch.testing.assert_close(jacfwd(jacfwd(of_last))(last), nested)
     torch.testing.assert_close(jacrev(jacfwd(of_last))(last), nested)
 
     copies = torch.stack([last, 0.5 * last, -last])

@@ -55,6 +55,8 @@ class Machine:
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     made = Machine(tmp_path / "stat")
     monkeypatch.setattr(processors, "_STATISTICS", made.path)
+    monkeypatch.setattr(processors, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(processors, "_CONTROL", tmp_path / "control")
     monkeypatch.setattr(processors.os, "sched_getaffinity", lambda _: made.allowed)
     monkeypatch.setattr(processors.os, "sysconf", lambda _: TICKS)
     monkeypatch.setattr(processors.time, "monotonic", lambda: made.now)
@@ -85,6 +87,48 @@ def test_threads_leave_processors_to_others_and_take_them_back(machine: Machine)
         machine.run(3.0)
         adapt_threads()
     assert torch.get_num_threads() == 4
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "expected"),
+    [
+        ("0::/", {"cpu.max": "200000 100000"}, 2),
+        ("0::/", {"cpu.max": "max 100000"}, 4),
+        ("0::/", {"cpu.max": "270000 100000"}, 2),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "nonsense"}, 4),
+        ("0::/a/b", {"cpu.max": "max 100000", "a/cpu.max": "300000 100000"}, 3),
+        ("0::/a/b", {"a/b/cpu.max": "300000 100000", "a/cpu.max": "100000 100000"}, 1),
+        ("0::/outside", {"cpu.max": "200000 100000"}, 2),
+        (
+            "3:memory:/m\n2:cpu,cpuacct:/a",
+            {"cpu,cpuacct/a/cpu.cfs_quota_us": "200000", "cpu,cpuacct/a/cpu.cfs_period_us": "1e5"},
+            4,
+        ),
+        (
+            "3:memory:/m\n2:cpu,cpuacct:/a",
+            {"cpu,cpuacct/a/cpu.cfs_quota_us": "30000", "cpu,cpuacct/a/cpu.cfs_period_us": "10000"},
+            3,
+        ),
+        ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ("3:memory:/m", {}, 4),
+    ],
+)
+def test_a_container_may_limit_the_time(
+    machine: Machine, tmp_path: Path, group: str, files: dict[str, str], expected: int
+) -> None:
+    (tmp_path / "groups").write_text(group + "\n")
+    for name, text in files.items():
+        file = tmp_path / "control" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    with adaptive_threads():
+        machine.run(0.0)
+        adapt_threads()
+        assert torch.get_num_threads() == expected
+        machine.run(3.0)
+        adapt_threads()
+        assert torch.get_num_threads() == 1
 
 
 def test_processors_that_the_process_may_not_use_do_not_count(machine: Machine) -> None:

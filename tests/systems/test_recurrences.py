@@ -8,6 +8,7 @@ import pickle
 import re
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import mpmath
 import numpy as np
@@ -18,9 +19,10 @@ import torch.utils._pytree as pytree
 from torch.testing import assert_close
 
 from gramian import Modal, StateSpace, TransferFunction
-from gramian.filters import build
+from gramian.filters import RTF, build
 from gramian.systems import (
     FIR,
+    LatticeRecurrence,
     ModalState,
     Recurrence,
     State,
@@ -242,13 +244,14 @@ def test_block_form_is_the_recurrence(name: str, size: int) -> None:
         assert torch.equal(before, after)
     alone = warm(recurrence)
     packed = zip(form.parts, form.pack(alone), strict=True)
-    rest = torch.tensor(size - 1)
+    rest = torch.tensor([size - 1, size // 2])  # of each sequence
     moved = form.unpack(
         [x if part.is_static else part.advance_by(x, rest) for part, x in packed], alone
     )
-    for _ in range(size - 1):
+    for steps in range(1, size):
         _, alone = recurrence.step(torch.zeros_like(u[..., 0]), alone)
-    assert_close(tuple(moved), tuple(alone))
+        for row in (rest == steps).nonzero():
+            assert_close(tuple(moved.select(row)), tuple(alone.select(row)))
 
 
 @pytest.mark.parametrize("name", ["online", "diagonal", "operator"])
@@ -446,3 +449,43 @@ def test_a_chunk_for_all_channels_is_broadcast_as_a_sample_is(form):
     last, _ = recurrence.prefill(u[..., 15:], state)
     found = torch.cat([first, torch.stack(steps, dim=-1), last], dim=-1)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("radius", [0.5, 0.99, 1.01])
+@pytest.mark.parametrize("order", [1, 2, 5, 12])
+@pytest.mark.parametrize("length", [63, 700])
+def test_blocks_measure_the_errors_of_steps(
+    monkeypatch: pytest.MonkeyPatch, radius: float, order: int, length: int
+) -> None:
+    """Blocks never call a recurrence exact that is not, nor change the form that is chosen."""
+    rng = np.random.default_rng(order + length)
+    half = radius * np.exp(1j * rng.uniform(0, np.pi, (3, order // 2)))
+    rest = np.full((3, order % 2), radius)
+    a = np.stack([np.poly(row).real[1:] for row in np.concatenate([half, half.conj(), rest], -1)])
+    system = TransferFunction.from_truncated(
+        torch.from_numpy(rng.standard_normal((3, order))),
+        torch.from_numpy(a),
+        torch.from_numpy(rng.standard_normal(3)),
+        length,
+    )
+    steps = system.recurrence("companion").error
+    monkeypatch.setattr("gramian.systems._recurrence._LONG", 2)
+    blocks = system.recurrence("companion").error
+    assert (blocks <= 1e-5) == (steps <= 1e-5)
+    assert blocks == steps or steps / 4 - 1e-15 < blocks <= 1e-5
+
+
+@pytest.mark.parametrize("denominators", [1, 2])
+def test_blocks_step_lattices_with_shared_reflections(
+    monkeypatch: pytest.MonkeyPatch, denominators: int
+) -> None:
+    filter = RTF(6, 5, 1001, stability="schur", num_denominators=denominators)
+    with torch.no_grad():
+        filter.theta.normal_()
+        filter.b.normal_()
+    steps = filter().recurrence("lattice").error
+    monkeypatch.setattr("gramian.systems._recurrence._LONG", 2)
+    with mock.patch.object(LatticeRecurrence, "_step", autospec=True) as step:
+        step.side_effect = LatticeRecurrence._advance
+        assert steps / 4 < filter().recurrence("lattice").error < 4 * steps
+    assert step.call_count < 100  # not a step a tap

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from gramian import FIR
 from gramian.filters import ExplicitFilter
 from gramian.mixers import LinearAttention
-from gramian.testing import check_device, recorded_waits, simulated_device, without_float64
+from gramian.testing import check_device, recorded_waits, without_float64
 
 
 @pytest.fixture
-def device() -> torch.device:
-    return simulated_device()
+def device(simulated: torch.device) -> torch.device:
+    return simulated
 
 
 def test_values_are_those_of_the_cpu(device: torch.device) -> None:
@@ -37,7 +37,7 @@ def test_values_are_those_of_the_cpu(device: torch.device) -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_autograd_may_have_run_before_the_device_was_made() -> None:
+def test_autograd_may_have_run_before_the_device_was_made(simulated: torch.device) -> None:
     code = (
         "import torch; torch.ones(1, requires_grad=True).sum().backward()\n"
         "from gramian.testing import simulated_device\n"
@@ -197,7 +197,7 @@ class Astray(LinearAttention):
         return y if x.device.type == "cpu" else y * (1 + 1e-3)
 
 
-def test_a_part_that_needs_the_cpu_is_refused() -> None:
+def test_a_part_that_needs_the_cpu_is_refused(device: torch.device) -> None:
     check_device(FIR(torch.ones(1, 4, dtype=torch.float64)))
     with pytest.raises(RuntimeError, match=r"(?i)expected all tensors"):
         check_device(Forgotten(torch.ones(1, 4, dtype=torch.float64)))

@@ -63,6 +63,7 @@ def start(config: Path, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 @pytest.mark.slow
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="processors are not meant here")
 @pytest.mark.parametrize("rank", [0, 1])

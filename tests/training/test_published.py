@@ -1,8 +1,8 @@
 """The recipes of the papers have every published value, and the paper's where a command says so.
 
 `PUBLISHED` is what the repositories named in the recipes say. `PAPER` is what RTF's paper (arXiv
-2405.06147v2) says in tables 8 to 10 and 13, in section C.3.1, and in footnote 3, which has
-`a = b = 0` and `h_0 = 1` where nothing else is stated. What is not published is in neither.
+2405.06147v2) says in tables 8 to 11 and 13, in sections C.3.1 and C.3.2, and in footnote 3, which
+has `a = b = 0` and `h_0 = 1` where nothing else is stated. What is not published is in neither.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from gramian.training import ConfigError, TrainingConfig, load_config, parse_con
 FOLDER = Path(__file__).parents[2] / "recipes/papers"
 MARK = "With the paper's values:"
 
-ADAMW = {"optimization.betas": [0.9, 0.999]}
+# No repository makes groups of parameters, so AdamW decays biases, norms and embeddings too.
+ADAMW = {"optimization.betas": [0.9, 0.999], "optimization.decay_all": True}
 RTF = ADAMW | {
     "model.mixers": "long_convolution",
     "model.filter.type": "rtf",
@@ -77,6 +78,9 @@ ZOOLOGY = ADAMW | {
     "model.filter.embedding_features": 3,
     "model.filter.hidden": 64,
     "model.filter.frequency": 1.0,
+    "model.filter.trainable_time": True,
+    "model.filter.time_lr": 1e-5,
+    "model.filter.lr": 1e-3,
     "model.norm": "layer",
     "model.rms_norm_eps": 1e-5,
     "model.dropout": 0.0,
@@ -107,6 +111,26 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model.kernel_dropout": 0.0,
         "optimization.epochs": 50,
         "optimization.batch_size": 8,
+        "optimization.learning_rate": 1e-3,
+        "optimization.weight_decay": 0.0,
+        "optimization.warmup": 0,
+        "optimization.schedule": "constant",
+    },
+    "delay": RTF
+    | {
+        "model.hidden_size": 4,
+        "model.num_hidden_layers": 1,
+        "model.bidirectional": False,
+        "model.filter.state_size": 512,
+        "model.filter.num_denominators": 1,
+        "model.filter.lr": 1e-3,
+        "model.filter.weight_decay": 0.0,
+        "model.max_position_embeddings": 4000,
+        "model.block": "mixer",  # a linear model, without norm and residual
+        "model.dropout": 0.0,
+        "model.kernel_dropout": 0.0,
+        "optimization.steps": 20 * 16_384 // 64,
+        "optimization.batch_size": 64,
         "optimization.learning_rate": 1e-3,
         "optimization.weight_decay": 0.0,
         "optimization.warmup": 0,
@@ -243,6 +267,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model.filter.inner_layers": 2,
         "model.filter.frequency": 1.0,
         "model.filter.trainable_time": True,
+        "model.filter.time_lr": 1e-5,
+        "model.filter.lr": None,  # 1e-3, the model's
         "model.hyena_input_dropout": 0.0,
         "model.hyena_mimo_size": None,
     },
@@ -257,6 +283,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model.filter.lr": 1e-3,
         "model.filter.weight_decay": 0.0,
         "model.filter.optimizer_scope": "all",
+        "model.filter.direct_scale": 2.0,  # the kernel has h_0, which is the layer's bias too
+        "model.filter.slack_initialization": "uniform",
         "model.hyena_input_dropout": 0.25,
         "model.hyena_mimo_size": 384,
     },
@@ -270,6 +298,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model.filter.inner_layers": 2,
         "model.filter.frequency": 14.0,
         "model.filter.trainable_time": True,
+        "model.filter.time_lr": 6e-4,
+        "model.filter.lr": None,  # the model's
         "model.max_position_embeddings": 2048,
         "model.intermediate_size": 2 * 864,
         "model.dropout": 0.0,
@@ -289,6 +319,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "model.filter.inner_layers": 2,
         "model.filter.frequency": 14.0,
         "model.filter.trainable_time": True,
+        "model.filter.time_lr": 6e-4,
+        "model.filter.lr": None,  # the model's
         "model.max_position_embeddings": 2048,
         "model.dropout": 0.0,
         "model.embedding_dropout": 0.1,
@@ -409,6 +441,16 @@ PAPER: dict[str, dict[str, Any]] = {
         "optimization.learning_rate": 1e-3,
         "optimization.weight_decay": 0.05,
     },
+    "delay": IMPULSE
+    | {
+        "model.num_hidden_layers": 1,
+        "model.hidden_size": 4,
+        "model.filter.state_size": 1024,  # the best of table 2
+        "optimization.batch_size": 64,
+        "optimization.steps": 20 * 16_384 // 64,
+        "optimization.learning_rate": 1e-3,
+        "optimization.weight_decay": 0.0,
+    },
     "copying": {
         "model.num_hidden_layers": 4,
         "model.hidden_size": 1024,
@@ -439,6 +481,7 @@ PAPER: dict[str, dict[str, Any]] = {
 
 RATES = {
     "copying": (1e-3, 0.0),
+    "delay": (1e-3, 0.0),
     "lra_listops": (2e-3, 0.07),
     "lra_text": (1e-3, 0.0),
     "lra_retrieval": (1e-5, 0.0),
@@ -536,10 +579,18 @@ def test_the_papers_command_changes_what_differs_and_nothing_else(name: str) -> 
 def test_all_coefficients_of_a_filter_learn_and_decay_as_published(name: str) -> None:
     config = parse_config(values_of(name))
     optimization = config.optimization
-    (group,) = parameter_groups(
-        filter_of(config), lr=optimization.learning_rate, weight_decay=optimization.weight_decay
-    )
-    assert (group["lr"], group["weight_decay"]) == RATES[name]
+    filter = filter_of(config)
+    model = {"lr": optimization.learning_rate, "weight_decay": optimization.weight_decay}
+    groups = parameter_groups(filter, **model, decay_all=optimization.decay_all)
+    slack = getattr(filter, "slack", None)  # it is trained as the model
+    rates = {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in groups
+        for parameter in group["params"]
+    }
+    assert rates.pop(id(slack), tuple(model.values())) == tuple(model.values())
+    assert set(rates.values()) == {RATES[name]}
+    assert len(rates) == 3
 
 
 @pytest.mark.parametrize(
@@ -549,6 +600,11 @@ def test_all_coefficients_of_a_filter_learn_and_decay_as_published(name: str) ->
         ("model.filter.optimizer_scope=b", "model: optimizer_scope must be one of 'denominators'"),
         ("model.filter.weight_decay=-1", "model: weight_decay must be a finite number .*; got -1"),
         ("model.filter.wd=0", "model: unknown key of a filter 'rtf' 'wd'"),
+        ("model.filter.direct_scale=0", "model: direct_scale must be .*; got 0"),
+        (
+            "model.filter.slack_initialization=uniform",
+            'model: only stability "montel" has a slack; got .*"uniform" with stability "none"',
+        ),
         ("model.hyena_input_dropout=1", "model: hyena_input_dropout must be a probability"),
     ],
 )
@@ -562,12 +618,20 @@ def test_training_refuses_bad_settings_in_one_sentence(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["mqar", "mqar_sweep"])
+def test_recall_stops_at_the_published_accuracy(name: str) -> None:
+    evaluation = parse_config(values_of(name)).evaluation
+    assert (evaluation.metric, evaluation.stop_at) == ("accuracy", 0.99)
+
+
 def test_the_sweep_of_recall_has_the_published_axes() -> None:
     sweep = yaml.safe_load(file_of("mqar_sweep").read_text(encoding="utf-8"))["sweep"]
     assert sweep["model.hidden_size"] == [64, 128, 256, 512]
     assert sweep["optimization.learning_rate"] == pytest.approx(
         [10 ** (-4 + 2 / 3 * step) for step in range(4)], rel=1e-4
     )
+    attention = sweep["mixer"]["attention"]["model.mixers"]
+    assert attention == {"type": "softmax_attention", "bias": True, "dropout": 0.1}
     sizes = {"64x4": 512, "128x8": 512, "256x16": 256, "512x64": 128}
     assert sweep["setting"] == {
         setting: {"task.setting": setting, "optimization.batch_size": size}

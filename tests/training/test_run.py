@@ -148,6 +148,7 @@ def test_saved_models_score_what_was_reported(tmp_path: Path) -> None:
     assert report.best["loss"] == best
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 @pytest.mark.parametrize(
     "moment",
     [
@@ -326,6 +327,19 @@ def test_early_stopping_counts_over_a_resumption(tmp_path: Path) -> None:
     report = train(parse_config(mqar(tmp_path / "run", **changes)))
     assert report.steps == 6
     assert report.best["step"] == 2
+
+
+def test_training_stops_once_the_metric_passes_its_goal(tmp_path: Path) -> None:
+    """The first evaluation is at step 2. Its loss is below 100, and its accuracy not above 1."""
+    for metric, goal, steps in (("loss", 100.0, 2), ("loss", 0.0, 6), ("accuracy", 1.0, 6)):
+        changes = {
+            "optimization__steps": 6,
+            "evaluation__every": 2,
+            "evaluation__metric": metric,
+            "evaluation__stop_at": goal,
+        }
+        report = train(parse_config(mqar(tmp_path / f"{metric}-{goal}", **changes)))
+        assert report.steps == steps
 
 
 def test_text_is_sampled_and_its_model_knows_its_tokenizer(tmp_path: Path) -> None:

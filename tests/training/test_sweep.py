@@ -196,6 +196,7 @@ def test_changes_on_the_command_line(tmp_path: Path) -> None:
         load_config(file)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_a_sweep_runs_every_point_and_gathers_them(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     shares: list[float] = []
@@ -309,6 +310,7 @@ def test_runs_that_fail_or_die_leave_the_others_alone(tmp_path: Path) -> None:
     assert "- `seed=1,mood=dead`: its process was killed by SIGKILL." in table
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 @pytest.mark.slow
 def test_a_sweep_killed_at_work_goes_on_to_the_same_losses(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -39,7 +39,7 @@ def use_triton(enabled: bool = True) -> None:
     """
     global _enabled
     if enabled and importlib.util.find_spec("triton") is None:
-        raise ImportError("the kernels need Triton: install it with `pip install gramian[triton]`.")
+        raise ImportError('the kernels need Triton: pip install "gramian[triton]".')
     _enabled = enabled
 
 
