@@ -577,6 +577,26 @@ def _lifted(mixer: str) -> Callable[[Results], str]:
     return text
 
 
+def _teachers(r: Results) -> str:
+    """Mean accuracy and mean ESS of the teachers, by pairs."""
+    found = []
+    for pairs in sorted({cell["pairs"] for cell in r["cells"]}):
+        some = [cell["teacher"] for cell in r["cells"] if cell["pairs"] == pairs]
+        right, ess = (sum(one[name] for one in some) / len(some) for name in ("accuracy", "ess"))
+        found.append(f"{right:.2f} ({ess:.1f})")
+    return ", ".join(found)
+
+
+def _students(r: Results) -> str:
+    sizes = ("16", "32", "64", "128")
+    return ", ".join(f"{r['correlations'][size]['divergence']:.2f}" for size in sizes)
+
+
+def _enough(r: Results) -> str:
+    sides = (r["prediction"]["ess"][side] for side in ("at least", "below"))
+    return " and ".join(f"{side['as good']} of {side['students']}" for side in sides)
+
+
 def _of(results: Results, **chosen: Any) -> list[dict[str, Any]]:
     """The trainings with some settings."""
     found = [r for r in results["runs"] if all(r[name] == value for name, value in chosen.items())]
@@ -976,6 +996,13 @@ FIGURES: dict[str, list[Row]] = {
         ("ess_distillation", _rank_correlation("error")),
         ("ess_distillation", _rank_correlation("divergence")),
         ("ess_distillation", _rank_correlation("increase")),
+    ],
+    "Memory of teachers and students": [
+        ("ess_students", _teachers),
+        ("ess_students", _students),
+        ("ess_students", lambda r: f"{r['correlations']['all']['divergence']:.2f}"),
+        ("ess_students", lambda r: f"{r['correlations']['all, per state']['divergence']:.2f}"),
+        ("ess_students", _enough),
     ],
     "Planning hybrids": [
         ("planning", _hybrid("layers", 10)),

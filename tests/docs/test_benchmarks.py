@@ -142,6 +142,15 @@ def test_small_trainings_draw_as_many_answers_as_there_are_items(task: str, pair
     assert counts.max() <= pairs
 
 
+def test_the_page_on_distillation_has_the_tables_of_the_results() -> None:
+    pytest.importorskip("transformers")
+    from benchmarks.ess_students import TABLES
+
+    page = (ROOT / "docs/results/ess_distillation.md").read_text(encoding="utf-8")
+    cells = load("ess_students")["cells"]
+    assert fill_marks(page, {name: table(cells) for name, table in TABLES.items()}) == page
+
+
 def test_headline_figures_are_those_of_the_results() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     speed = load("reduction")["speed"]
