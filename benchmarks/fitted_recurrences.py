@@ -46,7 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._report import write
 from benchmarks.ess import load_model
-from benchmarks.planning import halves
+from benchmarks.planning import cell, halves, increase
 from gramian import hybrids
 from gramian.evaluation import perplexity
 from gramian.hybrids import KINDS, HybridPlan
@@ -246,33 +246,6 @@ def measure(
         save()
         print(f"{key}: {increase(results, key)}", flush=True)
     return True
-
-
-def increase(results: Results, key: str) -> tuple[float, float] | None:
-    """Return the increase of the loss in nats, and its standard error over sequences."""
-    tried = results["tried"]
-    if key not in tried:
-        return None
-    one, whole = tried[key], tried["whole"]
-    each = [
-        (a - b) / n for a, b, n in zip(one["losses"], whole["losses"], one["counts"], strict=True)
-    ]  # all sequences have the same number of tokens
-    values = torch.tensor(each, dtype=torch.float64)
-    return float(values.mean()), float(values.std()) / math.sqrt(len(each))
-
-
-def cell(results: Results, form: str, size: int, criterion: str) -> str:
-    found = [
-        one
-        for seed in (SEEDS if criterion == "random" else (0,))
-        if (one := increase(results, f"{form} {size} {criterion} {seed}")) is not None
-    ]
-    if not found:
-        return "–"
-    if criterion != "random":
-        return f"{found[0][0]:+.4f} ± {found[0][1]:.4f}"
-    values = sorted(value for value, _ in found)
-    return f"{sum(values) / len(values):+.4f} ({values[0]:+.4f} … {values[-1]:+.4f})"
 
 
 def table(results: Results, size: int) -> str:
