@@ -17,6 +17,15 @@ def _logits(model: Any, ids: torch.Tensor, **others: Any) -> torch.Tensor:
     return found
 
 
+def _padded(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens, and a mask with padding on the left of one row and on the right of another."""
+    ids = torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(length))
+    mask = torch.ones_like(ids)
+    mask[0, : length // 4] = 0
+    mask[-1, length - length // 4 :] = 0
+    return ids, mask
+
+
 @trial("peft", 'LoRA on "all-linear", merged, saved and loaded', needs=("peft",))
 def adapter(models: Models) -> str:
     from peft import LoraConfig, get_peft_model
@@ -137,14 +146,44 @@ def graph(models: Models) -> str:
         ).module()
     errors = []
     for batch, length in ((1, 7), (3, 200), (2, 512), (1, 1024)):
-        ids = torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(length))
-        mask = torch.ones_like(ids)
-        mask[0, : length // 4] = 0  # on the left of one row, and on the right of another
-        mask[-1, length - length // 4 :] = 0
+        ids, mask = _padded(batch, length)
         with torch.no_grad():
             found = program(input_ids=ids, attention_mask=mask)[0][mask == 1]
         errors.append(compare(found, _logits(model, ids, attention_mask=mask)[mask == 1]))
     return f"Relative differences of logits at 4 sizes: at most {max(errors):.0e}."
+
+
+@trial("torch.compile", "a model for every batch and length, with padding", needs=("torch",))
+def compiled(models: Models) -> str:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    errors, graphs = [], CompileCounterWithBackend("inductor")
+    for name in ("original", "distilled"):
+        model = models.load(name)
+        fast = torch.compile(model, backend=graphs, dynamic=True, fullgraph=True)
+        for batch, length in ((2, 12), (3, 200), (2, 512), (1, 1024)):
+            ids, mask = _padded(batch, length)
+            found = _logits(fast, ids, attention_mask=mask)[mask == 1]
+            errors.append(compare(found, _logits(model, ids, attention_mask=mask)[mask == 1]))
+    count = graphs.frame_count // 2
+    return f"Relative differences of logits at 4 sizes: at most {max(errors):.0e}; graphs: {count}."
+
+
+@trial("torch.compile", "a training step, with padding and labels", needs=("torch",))
+def compiled_steps(models: Models) -> str:
+    model = models.load("original").train()
+    fast = torch.compile(model, dynamic=True, fullgraph=True)
+    parameters = list(model.parameters())
+    errors = []
+    for batch, length in ((2, 12), (3, 200), (2, 512)):
+        ids, mask = _padded(batch, length)
+        gradients = []
+        for one in (fast, model):
+            loss = one(ids, attention_mask=mask, labels=ids).loss
+            found = torch.autograd.grad(loss, parameters)
+            gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+        errors.append(compare(*gradients))
+    return f"Relative differences of gradients at 3 sizes: at most {max(errors):.0e}."
 
 
 @trial("transformers", "attn_implementation")

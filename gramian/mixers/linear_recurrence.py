@@ -29,10 +29,9 @@ from gramian.mixers._recomputation import recomputed
 from gramian.mixers.mixer import Mixer, apply_mask
 from gramian.mixers.short_convolution import ShortConvolution
 from gramian.ops.lengths import is_symbol
+from gramian.ops.opaque_recurrence import run_opaquely
 from gramian.ops.packed import Linear
-from gramian.ops.scan import run_opaquely
 from gramian.systems import State, TimeVarying
-from gramian.systems.time_varying import TimeVaryingState
 
 __all__ = ["Coefficients", "Dynamics", "LinearRecurrence", "LinearRecurrenceState", "Steps"]
 
@@ -116,10 +115,10 @@ class Coefficients(NamedTuple):
         if is_symbol(values.shape[2]):
             y, after = run_opaquely(*self, values, memory)
             return y, after
-        state = TimeVaryingState(memory.permute(3, 0, 1, 2), torch.zeros((), dtype=torch.int64))
-        y, after = TimeVarying(*self)(values.permute(3, 0, 1, 2), state)
-        assert isinstance(after, TimeVaryingState)
-        return y.permute(1, 2, 3, 0), after.x.permute(1, 2, 3, 0)
+        y, after = TimeVarying(*self).run_from(
+            values.permute(3, 0, 1, 2), memory.permute(3, 0, 1, 2)
+        )
+        return y.permute(1, 2, 3, 0), after.permute(1, 2, 3, 0)
 
     def step(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Run a single step by a few products; see `Steps.step`."""

@@ -269,7 +269,7 @@ def next_labels(labels: Tensor, segments: Segments) -> Tensor:
     if segments.real is not None:
         columns = columns.masked_fill(~segments.real.to(labels.device), length)
     later = columns.flip(1).cummin(1).values.flip(1)[:, 1:]  # the first token from this column on
-    later = torch.nn.functional.pad(later, (0, 1), value=length)
+    later = torch.cat([later, columns.new_full((batch, 1), length)], dim=1)  # no padding by symbols
     due = later < length
     if segments.real is not None:
         due = due & segments.real.to(labels.device)

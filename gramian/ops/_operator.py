@@ -8,7 +8,8 @@ both modes, or raises an error.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "batch_first",
     "differentiable",
     "operator",
+    "recording",
     "total",
 ]
 
@@ -33,6 +35,14 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd  # noqa: SLF001 (no public
 _transforms_are_active = torch._C._are_functorch_transforms_active  # noqa: SLF001 (no public name)
 _forward_mode_is_enabled = torch._C._is_fwd_grad_enabled  # noqa: SLF001 (no public name)
 _enable_forward_mode = forward_ad._set_fwd_grad_enabled  # noqa: SLF001 (no public name)
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Record operations for derivatives in the implementation of an operator, below autograd."""
+    autograd = torch._C.DispatchKey.AutogradFunctionality  # noqa: SLF001 (no public name)
+    with torch._C._SetExcludeDispatchKeyGuard(autograd, False), torch.enable_grad():  # noqa: SLF001
+        yield
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:

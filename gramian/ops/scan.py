@@ -30,10 +30,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import register_fake
 from typing_extensions import Self
-
-from gramian.ops._operator import differentiable, operator
 
 __all__ = [
     "Blocks",
@@ -44,12 +41,10 @@ __all__ = [
     "bounded_products",
     "join",
     "run_blocks",
-    "run_opaquely",
     "scan",
     "step_by_step",
 ]
 
-_ELEMENTS = 2**24  # coefficients (batch, heads, steps, n) that are joined to blocks at once
 _BOUND = 32.0
 """The largest norm of products, in multiples of the identity's, with which merging is accurate."""
 
@@ -275,75 +270,6 @@ def run_blocks(
     starts, end = scan(blocks.transition, blocks.reach @ samples, start)
     y = blocks.inside @ samples + blocks.observe @ starts
     return y.permute(0, 3, 1, 2).flatten(-2)[..., :length], end
-
-
-@operator("linear_recurrence")
-def run_opaquely(
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    p: Tensor | None,
-    q: Tensor | None,
-    values: Tensor,
-    memory: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Run all steps of a linear recurrence as one operation of a traced graph.
-
-    The number of blocks and the rounds of `scan` depend on the length, so that a graph for any
-    length cannot contain them. The operator has no derivatives.
-
-    Args:
-        A: (batch, heads, length, n): the gates. B, C, p and q have the same shape.
-        B: The input vectors.
-        C: The output vectors.
-        D: (batch, heads, length): the direct terms.
-        p: The left vectors of a low-rank change of the gates, or None.
-        q: The right vectors of this change, or None.
-        values: (batch, heads, length, N): the inputs.
-        memory: (batch, heads, n, N): the state before the first step.
-
-    Returns:
-        The outputs, (batch, heads, length, N), and the state after the last step.
-    """
-    batch, heads, length, order = B.shape
-    width = values.shape[-1]
-    size = 1 << (max(1, min(64, order, width)) - 1).bit_length()
-    stretch = size * max(1, _ELEMENTS // (batch * heads * order * size))
-    end, outputs = memory.flatten(0, 1), []
-    for begin in range(0, length, stretch):
-
-        def part(x: Tensor, begin: int = begin) -> Tensor:
-            return x[:, :, begin : begin + stretch].flatten(0, 1)
-
-        transition: Transition = Diagonal(part(A))
-        if p is not None and q is not None:
-            low_rank = part(p).unsqueeze(-1), part(q).unsqueeze(-1)
-            transition = DiagonalPlusLowRank(part(A), *low_rank)
-        y, end = run_blocks(transition, part(B), part(C), part(D), part(values).mT, end, size)
-        outputs.append(y.mT)
-    y = torch.cat(outputs, dim=1) if outputs else values.flatten(0, 1)
-    return y.unflatten(0, (batch, heads)).contiguous(), end.unflatten(0, (batch, heads)).clone()
-
-
-@register_fake(run_opaquely)
-def _run_opaquely_fake(
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    p: Tensor | None,
-    q: Tensor | None,
-    values: Tensor,
-    memory: Tensor,
-) -> tuple[Tensor, Tensor]:
-    like = torch.contiguous_format
-    return torch.empty_like(values, memory_format=like), torch.empty_like(
-        memory, memory_format=like
-    )
-
-
-differentiable(run_opaquely)
 
 
 def bounded_products(A: Tensor) -> bool:

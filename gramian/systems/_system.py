@@ -67,12 +67,12 @@ class System(abc.ABC, Generic[StateT]):
 
     def _fields(self) -> list[Any]:
         """Return the tensors, in the order of their fields."""
-        return [getattr(self, field.name) for field in _split_fields(type(self))[0]]
+        return [getattr(self, field.name) for field in _split_fields(self)[0]]
 
     @property
     def _static(self) -> tuple[Any, ...]:
         """Return the values of the static fields, which are hashable."""
-        return tuple(getattr(self, field.name) for field in _split_fields(type(self))[1])
+        return tuple(getattr(self, field.name) for field in _split_fields(self)[1])
 
     def _flattened(self) -> tuple[list[Any], tuple[Any, ...]]:
         """Return the tensors and the static values, as a pytree needs them."""
@@ -82,7 +82,7 @@ class System(abc.ABC, Generic[StateT]):
     def _from_fields(cls, values: Iterable[Any], static: tuple[Any, ...] | None = None) -> Self:
         """Make a system without checks. Static fields have their defaults if `static` is None."""
         system = object.__new__(cls)
-        tensors, rest = _split_fields(cls)
+        tensors, rest = _split_fields(system)
         if static is None:
             static = tuple(field.default for field in rest)
         for field, value in zip((*tensors, *rest), (*values, *static), strict=True):
@@ -378,14 +378,15 @@ def import_control() -> Any:
 
 
 _Fields = tuple[dataclasses.Field[Any], ...]
-_SPLIT: dict[type, tuple[_Fields, _Fields]] = {}
-"""The results of `_split_fields`. A `functools` cache would make torch.compile warn."""
 
 
-def _split_fields(cls: type[System]) -> tuple[_Fields, _Fields]:
-    """Return the fields of a class that hold tensors, and the static fields of the class."""
-    if cls not in _SPLIT:
-        fields = dataclasses.fields(cls)
-        static = tuple(field for field in fields if field.metadata.get("static"))
-        _SPLIT[cls] = tuple(field for field in fields if field not in static), static
-    return _SPLIT[cls]
+def _split_fields(system: System) -> tuple[_Fields, _Fields]:
+    """Return the fields of a system that hold tensors, and its static fields.
+
+    The fields are those of an instance, because torch.compile cannot trace those of a class.
+    """
+    fields = dataclasses.fields(system)
+    return (
+        tuple(field for field in fields if not field.metadata.get("static")),
+        tuple(field for field in fields if field.metadata.get("static")),
+    )

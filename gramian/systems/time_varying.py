@@ -271,14 +271,22 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
 
     def _apply(self, u: Tensor) -> Tensor:
         x = self.D.new_zeros(*u.shape[:-1], self.order, dtype=working_dtype(u))
-        return self._run(u, x, 0)[0]
+        return self.run_from(u, x)[0]
 
     def apply_from(self, u: Tensor, state: TimeVaryingState) -> tuple[Tensor, TimeVaryingState]:
-        y, x = self._run(u, state.x, int(state.position))
+        y, x = self.run_from(u, state.x, int(state.position))
         return y, TimeVaryingState(x, state.position + u.shape[-1])
 
-    def _run(self, u: Tensor, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Return the outputs of the steps from `start` on, and the state after them."""
+    def run_from(self, u: Tensor, x: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Return the outputs of the steps from `start` on, and the state after them.
+
+        This is `apply_from` for a position that is known, so that a graph can be traced.
+
+        Args:
+            u: The inputs of these steps, (*B, *C', T), where C' broadcasts against the channels C.
+            x: The state before them, (*B, *C', n), in float32 or float64.
+            start: The number of steps that are taken already.
+        """
         length = u.shape[-1]
         self.check_steps(start, length)
         if length == 0:

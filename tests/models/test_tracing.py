@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -97,21 +97,75 @@ def test_export_of_a_classifier(make_config: MakeConfig, make_tokens: MakeTokens
         agrees(graph, model, make_tokens(batch, length), padded(batch, length))
 
 
-@pytest.mark.slow
-@pytest.mark.xfail(
-    reason="A first call cannot trace dataclasses.fields of a system's class; recurrences guard on "
-    "the number of steps, and windows on the length."
-)
-def test_compile(model: GramianForCausalLM, make_tokens: MakeTokens) -> None:
-    """One graph for all sizes without a mask, one with a mask, and no break in either."""
+def compares_losses(compiled: Any, model: Any, tokens: torch.Tensor, masked: bool) -> None:
+    """Compare the losses and their gradients; the first row's padding is on the left."""
+    inputs = {"input_ids": tokens, "labels": tokens}
+    if masked:
+        inputs["attention_mask"] = padded(*tokens.shape)
+    parameters = [x for x in model.parameters() if x.requires_grad]
+    losses = [one(**inputs).loss for one in (compiled, model)]
+    assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
+    found, expected = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in losses)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert_close(one, other, atol=1e-5, rtol=1e-3)
+
+
+COMPILED = ("hyena/rtf", "linear_attention")
+
+
+def compiled_kinds(*quick: str) -> list[Any]:
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
+
+
+@pytest.fixture
+def no_compiled_code() -> Iterator[None]:
     torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("no_compiled_code")
+@pytest.mark.parametrize("model", compiled_kinds(*COMPILED), indirect=True)
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_compile(model: GramianForCausalLM, make_tokens: MakeTokens, masked: bool) -> None:
+    """A model that has never run is one graph for all sizes, and a second one in training."""
     graphs = CompileCounter()
     compiled = torch.compile(model, backend=graphs, dynamic=True, fullgraph=True)
-    try:
-        for masked in (False, True):
-            for batch, length in ((2, 12), (3, 40), (2, 65)):
-                mask = padded(batch, length) if masked else None
-                agrees(compiled, model, make_tokens(batch, length), mask)
-            assert graphs.frame_count == 1 + masked
-    finally:
-        torch.compiler.reset()
+    sizes = ((2, 12), (3, 40), (2, 65), (2, ROWS))
+    for batch, length in sizes:
+        mask = padded(batch, length) if masked else None
+        agrees(compiled, model, make_tokens(batch, length), mask)
+    assert graphs.frame_count == 1
+    model.train()
+    for size in sizes:
+        compares_losses(compiled, model, make_tokens(*size), masked)
+    assert graphs.frame_count == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_compiled_code")
+@pytest.mark.parametrize("model", list(KINDS), indirect=True)
+def test_compile_of_sizes_as_they_come(model: GramianForCausalLM, make_tokens: MakeTokens) -> None:
+    """Without `dynamic`, the first graph has fixed sizes, and the second one serves all others."""
+    graphs = CompileCounter()
+    compiled = torch.compile(model.train(), backend=graphs, fullgraph=True)
+    for size in ((2, 12), (3, 40), (2, 65), (4, ROWS)):
+        compares_losses(compiled, model, make_tokens(*size), True)
+    assert graphs.frame_count == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_compiled_code")
+@pytest.mark.parametrize("model", ["hyena/rtf", "window", "gated_delta_net"], indirect=True)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_backward(
+    model: GramianForCausalLM, make_tokens: MakeTokens, backend: str
+) -> None:
+    """The backward pass is a graph for all sizes too, down to one token."""
+    compiled = torch.compile(model.train(), backend=backend, dynamic=True, fullgraph=True)
+    for size in ((2, 12), (3, 40), (2, 2), (2, ROWS)):
+        compares_losses(compiled, model, make_tokens(*size), True)
+    with torch.no_grad():
+        agrees(compiled, model.eval(), make_tokens(2, 1), None)
