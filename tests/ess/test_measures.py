@@ -66,6 +66,7 @@ def _planted(length: int, at: int, values: list[float]) -> torch.Tensor:
     return T
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("length", [2, 3, 12, 40, 130])
 @pytest.mark.parametrize("rank", [1, 2, 6, 20])
 def test_counts_are_exact_down_to_rounding_errors(rank, length):
