@@ -21,6 +21,7 @@ def written(model: GramianForCausalLM, tokens: torch.Tensor, **kwargs: Any) -> t
     return model.generate(tokens, **(settings | kwargs))[:, tokens.shape[1] :]
 
 
+@pytest.mark.each
 def test_greedy(
     make_model: MakeModel, make_tokens: MakeTokens, mixer: str, filter_config: dict[str, Any]
 ) -> None:

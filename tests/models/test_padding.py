@@ -53,6 +53,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-7) -> None:
 
 
 # Gaps for every kind, and padding at one side for one kind of each sort of state.
+@pytest.mark.each
 @pytest.mark.parametrize(
     ("kind", "padding"),
     [
