@@ -40,19 +40,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest, so that no worker is left with it at the end."""
     items.sort(key=lambda item: item.path.parent.name not in FIRST)
-    grids: dict[str, list[pytest.Function]] = {}
-    for item in items:
-        if item.get_closest_marker("pairs") and not item.get_closest_marker("slow"):
-            assert isinstance(item, pytest.Function)
-            grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for grid in grids.values():
-        keep_pairs(grid)
+    for mark, strength in {"each": 1, "pairs": 2}.items():
+        grids: dict[str, list[pytest.Function]] = {}
+        for item in items:
+            if item.get_closest_marker(mark) and not item.get_closest_marker("slow"):
+                assert isinstance(item, pytest.Function)
+                grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        for grid in grids.values():
+            keep(grid, strength)
 
 
-def keep_pairs(grid: list[pytest.Function]) -> None:
-    """Mark the tests of a grid as slow, but for some that have every pair of its options."""
+def keep(grid: list[pytest.Function], strength: int) -> None:
+    """Mark the tests of a grid as slow, but for some that have every option or pair of options."""
     # The same object is given to every test of an option.
-    kept = covering([[id(option) for option in item.callspec.params.values()] for item in grid])
+    rows = [[id(option) for option in item.callspec.params.values()] for item in grid]
+    kept = covering(rows, strength)
     for i in set(range(len(grid))).difference(kept):
         grid[i].add_marker("slow")
 

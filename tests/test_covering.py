@@ -1,4 +1,4 @@
-"""What `pairs` leaves in the quick tests holds every pair of options."""
+"""What `pairs` and `each` leave in the quick tests holds every pair of options, or every option."""
 
 from __future__ import annotations
 
@@ -32,3 +32,18 @@ def test_what_no_row_holds_is_not_asked_for() -> None:
 def test_two_options_are_their_product() -> None:
     rows = list(product(range(3), range(4)))
     assert covering(rows) == list(range(12))
+
+
+@pytest.mark.parametrize("sizes", [(5,), (2, 2, 2), (7, 3), (3, 1, 4)])
+def test_every_option_is_kept_once_or_as_often_as_the_longest_axis_needs(
+    sizes: tuple[int, ...],
+) -> None:
+    rows = list(product(*map(range, sizes)))
+    kept = [rows[i] for i in covering(rows, 1)]
+    assert [len(set(axis)) for axis in zip(*kept, strict=True)] == list(sizes)
+    assert len(kept) == max(sizes)
+
+
+def test_options_of_a_short_axis_are_taken_in_turn() -> None:
+    rows = list(product(range(7), range(3)))
+    assert [rows[i][1] for i in covering(rows, 1)] == [0, 1, 2, 0, 1, 2, 0]

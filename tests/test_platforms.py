@@ -46,11 +46,10 @@ def value(node: ast.expr | None) -> object:
 
 def is_text_without_encoding(call: ast.Call) -> bool:
     """Whether a call opens a text in the encoding of the system, which on Windows is not UTF-8."""
-    name = ast.unparse(call.func)
     options = {one.arg: one.value for one in call.keywords}
     if "encoding" in options or None in options:
         return False
-    last = name.rpartition(".")[2]
+    last = getattr(call.func, "attr", getattr(call.func, "id", ""))
     if last in ("read_text", "write_text"):
         return len(call.args) <= (last == "write_text")
     if last in ("NamedTemporaryFile", "TemporaryFile"):
@@ -58,6 +57,7 @@ def is_text_without_encoding(call: ast.Call) -> bool:
         return "b" not in str(value(mode) or "w+b")
     if last != "open":
         return False
+    name = ast.unparse(call.func)
     is_method = name not in ("open", "io.open", "gzip.open", "bz2.open", "lzma.open")
     place = 0 if is_method else 1
     mode = value(options.get("mode", call.args[place] if len(call.args) > place else None))

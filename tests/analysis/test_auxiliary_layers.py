@@ -77,6 +77,7 @@ def test_a_report_of_auxiliary_layers_alone_counts_them() -> None:
     assert float(alone.average()) > 0
 
 
+@pytest.mark.each
 @torch.no_grad()
 @pytest.mark.parametrize("length", [1, 2, 3, 21])
 @pytest.mark.parametrize(

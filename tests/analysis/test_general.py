@@ -13,6 +13,7 @@ import gramian
 from tests.analysis.toys import LENGTH, TOYS, WIDTH, Sink, Toy, Two, recorded
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("length", [3, LENGTH, 63, 130])
 @pytest.mark.parametrize("name", TOYS)
 def test_known_operators_are_found(name: str, length: int) -> None:

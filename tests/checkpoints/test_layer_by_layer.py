@@ -32,6 +32,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64])
 def test_every_file_is_that_of_the_whole_model(

@@ -86,6 +86,7 @@ def test_saved_and_loaded(model: GramianForCausalLM, tokens: torch.Tensor, tmp_p
         assert again.generation_config.suppress_tokens == model.generation_config.suppress_tokens
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("settings", [{}, {"num_beams": 2}])
 def test_generation_with_the_cache_is_generation_without(
     model: GramianForCausalLM, tokens: torch.Tensor, settings: dict[str, Any]

@@ -73,7 +73,8 @@ def test_shrink_within_a_budget_lets_layers_differ(workplace: Path, call: Call) 
     assert load(workplace / "number").config.mixers[0]["state_size"] == 3
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+# `tests/shrinking/test_recovery.py` trains in both ways.
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_shrink_recovers_what_was_lost(workplace: Path, call: Call, method: str) -> None:
     if method == "lora":
         pytest.importorskip("peft")

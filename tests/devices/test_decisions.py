@@ -28,7 +28,7 @@ from tests.devices.test_models import make as make_models
 from tests.devices.test_models import tokens
 from tests.ess.conftest import SYSTEMS, TIME_INVARIANT, make
 
-LENGTH = 24
+LENGTH = 12
 
 
 def compare(
@@ -89,6 +89,7 @@ def test_gradients_of_losses_on_memory(name: str, device: torch.device) -> None:
 CONVERSIONS = [to_modal, to_state_space, to_transfer_function]
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("convert", [*CONVERSIONS, lambda s: to_time_varying(s, 10)])
 @pytest.mark.parametrize("name", ["modal", "state_space", "transfer_function", "dplr"])
 def test_conversions(name: str, convert: Any, device: torch.device) -> None:

@@ -17,10 +17,11 @@ from tests.models.conftest import FILTERS, KINDS, MAX_LENGTH, VOCABULARY
 def make(kind: str, device: torch.device) -> tuple[GramianForCausalLM, GramianForCausalLM]:
     """The same model in double precision on the CPU and on the device."""
     torch.manual_seed(0)
+    mixers = KINDS[kind]["mixers"]
     options = {
         "vocab_size": VOCABULARY,
         "hidden_size": 6,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": len(mixers) if isinstance(mixers, list) else 1,
         "num_heads": 3,
         "filter": FILTERS["implicit"],
         "attention": {"kv_heads": 1, "window": 33},

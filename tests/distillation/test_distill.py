@@ -49,10 +49,11 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return model(ids, use_cache=False).logits
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("mixer", ["multi_hyena", "hyena", "long_convolution"])
 @pytest.mark.parametrize(("tol", "length"), [(0.3, 63), (1e-3, 17)])
 def test_reported_errors_are_those_of_the_new_filters(mixer: str, tol: float, length: int) -> None:
-    model = make(mixers=mixer, max_position_embeddings=length)
+    model = make(mixers=mixer, hidden_size=12, max_position_embeddings=length)
     distilled, report = distill(model, tol=tol)
     assert report.tol == tol and report.order is None and len(report.layers) == 2
     pairs = zip(report.layers, kernels(model, length), kernels(distilled, length), strict=True)
@@ -84,7 +85,7 @@ def test_what_a_reduction_reaches_the_stored_filter_reaches() -> None:
 
 @pytest.mark.parametrize("mixer", ["multi_hyena", "hyena", "long_convolution"])
 def test_tight_tolerance_keeps_the_logits(mixer: str) -> None:
-    model = make(mixers=mixer, hidden_size=12, max_position_embeddings=15)
+    model = make(mixers=mixer, hidden_size=12, num_hidden_layers=1, max_position_embeddings=15)
     distilled, report = distill(model, tol=1e-5)
     ids = torch.randint(0, 256, (2, 15))
     if report.converged:
@@ -237,7 +238,7 @@ def test_report_as_json_and_tables() -> None:
 
 
 def test_a_tail_of_zero_fades_and_what_is_left_is_told() -> None:
-    model = make(mixers="hyena", hidden_size=9)
+    model = make(mixers="hyena", hidden_size=9, num_hidden_layers=1)
     _, free = distill(model, order=16)
     _, zero = distill(model, order=16, tail="zero")
     assert zero.max_tail_energy < 1e-2 < 1 < free.max_tail_energy

@@ -97,6 +97,7 @@ def cells(kind: str) -> list[str]:
     return ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == kind]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
     code = cells("code")

@@ -110,6 +110,7 @@ def test_positions_bound_what_can_be_used():
             usable_state_size(tss, at, 10)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("length", [1, 2, 3, 63])
 @pytest.mark.parametrize("window", [1, 2, 6, 200])
 def test_a_window_keeps_no_more_than_the_window(length: int, window: int) -> None:

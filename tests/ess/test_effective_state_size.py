@@ -28,6 +28,7 @@ def padded(rows: list[np.ndarray], size: int) -> torch.Tensor:
     return full
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 100])
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_singular_values_are_those_of_the_blocks(name, length):
@@ -46,6 +47,7 @@ def test_singular_values_are_those_of_the_blocks(name, length):
         assert all((d <= 1e-10 * r[0]).all() for d, r in zip(dropped, rows, strict=True) if d.size)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 100])
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_entropy_is_that_of_the_definition(name, length):
@@ -58,6 +60,7 @@ def test_entropy_is_that_of_the_definition(name, length):
     assert bool((actual[:, 0] == 0).all())
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("name", SYSTEMS)
 @pytest.mark.parametrize(("tol", "rtol"), [(0.3, None), (None, 1e-3), (0.01, 0.1), (0.0, None)])
 def test_tolerance_counts_singular_values(name, tol, rtol):
@@ -140,6 +143,7 @@ def test_rank_of_a_recurrence_is_found_exactly():
     )
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", [*TIME_VARYING, "modal", "fir"])
 def test_other_precisions_are_decided_in_float64(name, dtype):

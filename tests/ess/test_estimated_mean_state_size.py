@@ -30,6 +30,7 @@ def heads(length, count):
     ).float()
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("length", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_errors_cover_the_distance_from_singular_values(kind, length):

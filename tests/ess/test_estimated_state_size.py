@@ -64,6 +64,7 @@ def spread(length, count):
     return sorted({round((k + 0.5) * length / count) for k in range(count)} - {length})
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("length", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_error_covers_the_distance_from_singular_values(kind, length):

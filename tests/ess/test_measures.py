@@ -66,12 +66,13 @@ def _planted(length: int, at: int, values: list[float]) -> torch.Tensor:
     return T
 
 
-@pytest.mark.parametrize("length", [2, 3, 12, 40, 130])
-@pytest.mark.parametrize("rank", [1, 2, 6, 20])
+@pytest.mark.each
+@pytest.mark.parametrize(
+    ("length", "rank"),
+    [(n, rank) for n in (2, 3, 12, 40, 130) for rank in (1, 2, 6, 20) if rank <= n // 2],
+)
 def test_counts_are_exact_down_to_rounding_errors(rank, length):
     torch.manual_seed(0)
-    if rank > length // 2:
-        pytest.skip("no such rank")
     for decades in (0, 3, 11):
         values = [10 ** (-decades * j / max(rank - 1, 1)) for j in range(rank)]
         T = 1e-3 * _planted(length, length // 2, values)

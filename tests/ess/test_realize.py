@@ -31,7 +31,7 @@ def norm(T: torch.Tensor) -> torch.Tensor:
     return torch.linalg.matrix_norm(T)
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 100])
 @pytest.mark.parametrize("tol", [0.0, 1e-9, 1e-6, 1e-5, 1e-3, 0.1, 0.5])
 @pytest.mark.parametrize("name", MATRICES)
@@ -44,6 +44,7 @@ def test_the_error_is_within_the_tolerance(name, tol, length):
     assert bool((error <= (tol * (1 + 1e-9) + 1e-13) * norm(T)).all())
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("tol", [1e-8, 1e-3, 0.1, 0.4])
 @pytest.mark.parametrize("name", ["attention", "sharp", "random", "smooth"])
 def test_the_error_is_the_energy_that_was_dropped(name, tol):

@@ -58,6 +58,7 @@ def save(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> No
     ByteTokenizer().save_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_a_model_of_half_precision_becomes_onnx(call: Call, tmp_path: Path) -> None:
     save(tmp_path / "model", torch.bfloat16)
     status, out, err = call("export model out --verify 25 --threads 1 --json")
@@ -71,7 +72,7 @@ def test_a_model_of_half_precision_becomes_onnx(call: Call, tmp_path: Path) -> N
 
 
 def test_a_table_says_what_was_compared(call: Call, tmp_path: Path) -> None:
-    save(tmp_path / "model")
+    save(tmp_path / "model", torch.bfloat16)
     status, out, err = call("export model out --format torch --verify 25")
     assert (status, err) == (0, "")
     assert "2 × 25, all equal" in out and "Written to out" in out

@@ -37,9 +37,11 @@ def mixers() -> dict[str, Any]:
     ("name", "kind"),
     [
         ("block", "torch"),
-        ("hyena", "torch"),
-        ("multi_hyena_of_one_tap", "onnx"),
-        # `test_models.py` exports a model of heads of several orders.
+        # `test_models.py` and `test_generation.py` export models of a multi_hyena, with heads of
+        # several orders, and of a hyena; `test_padding.py` runs the programs of one of order 3.
+        pytest.param("hyena", "torch", marks=pytest.mark.slow),
+        # `test_recurrences.py` exports one tap, and streams a layer, as ONNX.
+        pytest.param("multi_hyena_of_one_tap", "onnx", marks=pytest.mark.slow),
         pytest.param("multi_hyena", "torch", marks=pytest.mark.slow),
         pytest.param("ragged_block", "torch", marks=pytest.mark.slow),
         pytest.param("ragged_block", "onnx", marks=pytest.mark.slow),

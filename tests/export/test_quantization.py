@@ -20,6 +20,7 @@ from gramian.export import ExportedModel, export_model
 from gramian.models import GramianConfig, GramianForCausalLM
 
 
+@pytest.mark.slow
 def test_programs_of_eight_bits_compute_nearly_the_same(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = GramianConfig(

@@ -73,6 +73,7 @@ SYSTEMS = {
 # What each of these has, others have too. The example streams an S4 filter, whose system is DPLR.
 REPEATED = (
     "dplr",
+    "modal",
     "modal_in_double",
     "one_channel",
     "window",

@@ -50,6 +50,7 @@ def test_eigenvectors_of_a_long_filter_satisfy_their_equation() -> None:
     torch.testing.assert_close(gram, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-13)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("length", [1, 2, 3, 30])
 @pytest.mark.parametrize("alternating", [True, False])
 def test_taps_are_the_published_sum(length: int, alternating: bool) -> None:

@@ -43,6 +43,7 @@ def encoded(tokenizer: Any, sequence: str) -> torch.Tensor:
     return torch.tensor([[tokenizer.convert_tokens_to_ids(letter) for letter in sequence]])
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("chunk_size", [1, 37, 10_000])
 def test_chunks_are_the_whole(
     make_model: MakeModel, tokenizer: Any, kind: str, chunk_size: int
@@ -79,6 +80,7 @@ def pooled(states: np.ndarray, pool: str) -> np.ndarray:
     return {"mean": states.mean(0), "last": states[-1], "none": states}[pool]
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("layer", [1, "model.layers.1.mixer"])
 def test_embeddings_are_pooled_hidden_states(
     make_model: MakeModel, tokenizer: Any, kind: str, layer: int | str
@@ -159,6 +161,7 @@ def read_back(file: Path, pool: str) -> list[tuple[str, np.ndarray]]:
     return found
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("pool", ["mean", "last", "none"])
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".parquet"])
 def test_files_hold_what_was_computed(

@@ -30,6 +30,7 @@ def totals(results: Any) -> list[list[float]]:
     return [[strand.total for strand in one.strands] for one in results]
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("bos", [False, True])
 def test_scores_are_those_of_tokens_one_by_one(
     make_model: MakeModel, tokenizer: Any, kind: str, bos: bool

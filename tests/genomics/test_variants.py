@@ -60,6 +60,7 @@ def windows(one: Variant, size: int) -> tuple[int, int, str, str]:
     )
 
 
+@pytest.mark.each
 @pytest.mark.parametrize(
     ("bos", "size", "chunk_size", "batch_size"), [(False, 40, 1000, 8), (True, 41, 13, 3)]
 )

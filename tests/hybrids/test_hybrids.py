@@ -177,6 +177,7 @@ def test_loss_is_that_of_each_unit_alone() -> None:
     assert [value for *_, value in plan.scores()] == sorted(every)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("criterion", ["realization", "state", "window", "output", "magnitude"])
 def test_the_smallest_values_are_replaced_first(planned: Any, criterion: str) -> None:
     _, _, plan = planned

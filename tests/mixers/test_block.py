@@ -37,7 +37,7 @@ def make(mixer: Any = None, **kwargs: Any) -> Block:
     return block.eval()
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @norms
 @orders
 @pytest.mark.parametrize("kind", MIXERS)

@@ -123,7 +123,7 @@ def check(
         assert error < TOLERANCE[dtype], (name, error)
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @autocast
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MIXERS]

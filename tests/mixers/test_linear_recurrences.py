@@ -142,6 +142,7 @@ def naive(mixer: LinearRecurrence, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return y, inner.transpose(1, 2), S
 
 
+@pytest.mark.each
 @every
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 257])
 def test_outputs_states_and_gradients_are_the_loops(kind: str, length: int) -> None:

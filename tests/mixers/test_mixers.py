@@ -118,6 +118,7 @@ def naive(mixer: Mixer, x: torch.Tensor) -> torch.Tensor:
     return mixer.out_proj(y)
 
 
+@pytest.mark.each
 @every_pair
 def test_every_pair_conforms(name, filter_name):
     check_mixer(make(name, filter_name))
@@ -161,6 +162,7 @@ def test_chunked_and_recurrent(name, filter_name, length):
     close(torch.cat(outputs, 1), expected)
 
 
+@pytest.mark.each
 @every_pair
 def test_padding_leaves_no_trace(name, filter_name):
     """Left padding, right padding and a hole, in the parallel, chunked and recurrent modes."""
@@ -196,6 +198,7 @@ def test_padding_leaves_no_trace(name, filter_name):
     close(y[1:], mixer(both[1:]))
 
 
+@pytest.mark.each
 @every_pair
 def test_gradients_through_the_state(name, filter_name):
     """Backpropagation through chunks equals backpropagation through the whole."""
@@ -226,6 +229,7 @@ def test_a_saved_state_continues_as_the_state_does(name, tmp_path):
     assert torch.equal(recurrence.step(x[:, 8], read)[0], recurrence.step(x[:, 8], state)[0])
 
 
+@pytest.mark.each
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name, dtype):
@@ -273,6 +277,7 @@ def bidirectional(filter_name: str, **kwargs) -> LongConvolution:
     return LongConvolution(made, bidirectional=True, **kwargs)
 
 
+@pytest.mark.each
 @every
 @pytest.mark.parametrize("length", [1, 2, 3, 33, MAX_LENGTH, 90])
 def test_bidirectional_is_the_definition(filter_name, length):

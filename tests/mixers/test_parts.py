@@ -22,7 +22,7 @@ def stepped(mixer: Mixer, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Ten
     return torch.stack(outputs, 1), list(_parts._tensors(state))
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 @pytest.mark.parametrize("rows", [1, 2, 3])
 @every_pair

@@ -35,6 +35,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("options", ["defaults", "others"])
 @pytest.mark.parametrize("name", OTHERS)
 @torch.no_grad()

@@ -65,7 +65,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @every
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_a_row_gives_what_its_tokens_give_alone(name: str, filter_name: str, padding: str) -> None:
@@ -96,6 +96,7 @@ def test_a_row_gives_what_its_tokens_give_alone(name: str, filter_name: str, pad
                 close(stepped[row], expected[0])
 
 
+@pytest.mark.each
 @every
 def test_packed_sequences_are_alone_with_their_gradients(name: str, filter_name: str) -> None:
     mixer = make(name, filter_name)
@@ -122,6 +123,7 @@ def test_packed_sequences_are_alone_with_their_gradients(name: str, filter_name:
         close(found, expected)
 
 
+@pytest.mark.each
 @every
 def test_gradients_pass_through_a_padded_turn(name: str, filter_name: str) -> None:
     mixer = make(name, filter_name)
@@ -146,7 +148,7 @@ def test_gradients_pass_through_a_padded_turn(name: str, filter_name: str) -> No
             close(one, other)
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @every
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_operators_pass_over_padding(name: str, filter_name: str, padding: str) -> None:

@@ -76,6 +76,7 @@ def naive(mixer: SoftmaxAttention, x: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.each
 @every
 @pytest.mark.parametrize("length", [1, 2, 3, 17])
 @torch.no_grad()

@@ -75,6 +75,16 @@ def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
     return KINDS[request.param]
 
 
+@pytest.fixture(
+    params=[
+        kind if kind in SOME_KINDS else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS
+    ]
+)
+def every_kind(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What makes a model of every kind. All but one of each sort of state are slow."""
+    return KINDS[request.param]
+
+
 @pytest.fixture(params=SOME_KINDS)
 def some_kind(request: pytest.FixtureRequest) -> dict[str, Any]:
     """What makes a model of one kind of each sort of state."""

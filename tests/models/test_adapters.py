@@ -95,12 +95,12 @@ def base(adapted: PeftModel) -> Any:
 
 
 def test_an_adapter_is_on_off_merged_and_unmerged(
-    make_model: MakeModel, make_tokens: MakeTokens, kind: dict[str, Any]
+    make_model: MakeModel, make_tokens: MakeTokens, every_kind: dict[str, Any]
 ) -> None:
-    model, tokens = make_model(**kind), make_tokens(2, 7)
+    model, tokens = make_model(**every_kind), make_tokens(2, 7)
     without = whole(model, tokens)
     adapted = adapt(model)
-    expected = whole(by_hand(adapted, lambda: make_model(**kind)), tokens)
+    expected = whole(by_hand(adapted, lambda: make_model(**every_kind)), tokens)
     assert (expected - without).abs().max() > 1e-3
 
     def agrees(logits: Tensor) -> None:
@@ -121,9 +121,9 @@ def test_an_adapter_is_on_off_merged_and_unmerged(
 
 
 def test_generation_with_the_cache_is_that_without(
-    make_model: MakeModel, make_tokens: MakeTokens, kind: dict[str, Any]
+    make_model: MakeModel, make_tokens: MakeTokens, every_kind: dict[str, Any]
 ) -> None:
-    adapted, tokens = adapt(make_model(**kind)), make_tokens(1, 7)
+    adapted, tokens = adapt(make_model(**every_kind)), make_tokens(1, 7)
     settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     expected = adapted.generate(input_ids=tokens, use_cache=False, **settings)
     assert torch.equal(adapted.generate(input_ids=tokens, **settings), expected)

@@ -42,7 +42,7 @@ def test_it_counts_tokens_and_sequences(model: GramianForCausalLM, make_tokens: 
     assert not cache.is_compileable
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @pytest.mark.parametrize(
     ("indices", "picked"),
     [
@@ -77,6 +77,7 @@ def test_reordering_follows_the_beams(model: GramianForCausalLM, make_tokens: Ma
     assert_close(continued(model, cache, more), expected)
 
 
+@pytest.mark.each
 def test_repeating_puts_copies_side_by_side(
     make_model: MakeModel, make_tokens: MakeTokens, mixer: str, filter_config: dict[str, Any]
 ) -> None:
@@ -125,6 +126,7 @@ def test_offloading_and_back_changes_nothing(
     assert torch.equal(continued(model, cache, more), expected)
 
 
+@pytest.mark.each
 def test_a_copy_has_a_state_of_its_own_and_shares_the_weights(
     make_model: MakeModel, make_tokens: MakeTokens, mixer: str, filter_config: dict[str, Any]
 ) -> None:
@@ -156,6 +158,7 @@ def test_what_a_recurrence_cannot_do_is_refused(
         cache.update_conv_state(torch.zeros(1, 2, 3), 0)
 
 
+@pytest.mark.each
 def test_the_cache_is_as_large_as_announced_and_does_not_grow(
     make_model: MakeModel, make_tokens: MakeTokens, mixer: str, filter_config: dict[str, Any]
 ) -> None:

@@ -78,7 +78,7 @@ def test_logits_are_of_the_pooled_hidden_states(
     assert_close(logits, outputs.logits)
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @poolings
 @torch.no_grad()
 def test_padding_leaves_no_trace(
@@ -186,6 +186,7 @@ def test_problem_types(
     outputs.loss.backward()
 
 
+@pytest.mark.each
 def test_every_parameter_learns(
     make: Make, make_tokens: MakeTokens, encoder: dict[str, Any], filter_config: dict[str, Any]
 ) -> None:
@@ -232,7 +233,7 @@ def test_dropout_is_for_training(
     assert not torch.equal(model(tokens).logits, model(tokens).logits)
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @pytest.mark.parametrize("input_size", [None, 2])
 def test_round_trip(
     make: Make,

@@ -128,6 +128,7 @@ def set_one_value(parameter: torch.nn.Parameter) -> None:
     parameter.detach().numpy()[3, -1] = 4
 
 
+@pytest.mark.each
 @pytest.mark.skipif(not can_pack(), reason="needs oneDNN")
 @pytest.mark.parametrize("edit", [add_to_data, step_fused, set_one_value])
 @pytest.mark.parametrize(

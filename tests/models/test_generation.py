@@ -21,6 +21,7 @@ def written(model: GramianForCausalLM, tokens: torch.Tensor, **kwargs: Any) -> t
     return model.generate(tokens, **(settings | kwargs))[:, tokens.shape[1] :]
 
 
+@pytest.mark.each
 def test_greedy(
     make_model: MakeModel, make_tokens: MakeTokens, mixer: str, filter_config: dict[str, Any]
 ) -> None:
@@ -37,6 +38,7 @@ def test_greedy(
     assert len(cached.unique()) > 3  # not one token for ever, which would agree too easily
 
 
+@pytest.mark.each
 def test_a_left_padded_batch_writes_what_each_prompt_does_alone(
     make_model: MakeModel, make_tokens: MakeTokens, mixer: str, filter_config: dict[str, Any]
 ) -> None:
@@ -68,6 +70,7 @@ def test_only_the_prompt_carries_a_mask(
     assert masks[1:] == [None] * 3
 
 
+@pytest.mark.each
 @pytest.mark.parametrize(
     "settings",
     [
@@ -149,6 +152,7 @@ def test_finished_sequences_are_padded(model: GramianForCausalLM, make_tokens: M
         assert (row[stop + 1 :] == 0).all()
 
 
+@pytest.mark.each
 def test_half_precision_generates(
     make_model: MakeModel, make_tokens: MakeTokens, mixer: str, filter_config: dict[str, Any]
 ) -> None:

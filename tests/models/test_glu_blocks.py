@@ -19,7 +19,7 @@ MakeTokens = Callable[[int, int], torch.Tensor]
 GLU: dict[str, Any] = {"block": "glu", "norm": "layer"}
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @pytest.mark.parametrize("prenorm", [True, False])
 @torch.no_grad()
 def test_every_mode_is_one_map(
@@ -48,6 +48,18 @@ def test_every_mode_is_one_map(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        "long_convolution",
+        ["hyena", "softmax_attention"],
+        pytest.param("hyena", marks=pytest.mark.slow),
+        pytest.param("multi_hyena", marks=pytest.mark.slow),
+        pytest.param(["long_convolution", "gated_linear_attention"], marks=pytest.mark.slow),
+        pytest.param(["multi_hyena", "gated_delta_net"], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_written_read_and_distilled(
     make_model: MakeModel, make_tokens: MakeTokens, mixer: Any, tmp_path: Path
 ) -> None:

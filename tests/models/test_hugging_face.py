@@ -153,6 +153,7 @@ def writes_the_same_when_placed(
         assert torch.equal(placed(tokens).logits, model(tokens).logits)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("way", WAYS)
 def test_wherever_its_weights_are_it_writes_the_same(
     make_config: MakeConfig,
@@ -252,6 +253,9 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 assert type(model).__module__ == "gramian.models.modeling"
 assert type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ == "GramianModel"
+import transformers
+for name in ("GramianForCausalLM", "GramianConfig", "GramianModel", "ByteTokenizer"):
+    assert getattr(transformers, name).__module__.startswith("gramian.models."), name
 inputs = tokenizer(sys.argv[2], return_tensors="pt")
 written = model.generate(**inputs, max_new_tokens=10, do_sample=False)
 print(tokenizer.decode(written[0, inputs["input_ids"].shape[1]:]).encode())
@@ -312,7 +316,15 @@ assert type(transformers.AutoTokenizer.from_pretrained(sys.argv[1])).__name__ ==
 """
 
 
-@pytest.mark.parametrize("when", ["early", "late", "folder"])
+@pytest.mark.parametrize(
+    "when",
+    [
+        # All other tests import early, and the test above reads a folder.
+        pytest.param("early", marks=pytest.mark.slow),
+        "late",
+        pytest.param("folder", marks=pytest.mark.slow),
+    ],
+)
 def test_tools_find_the_classes_in_transformers_however_it_was_imported(
     writer: GramianForCausalLM, tokenizer: ByteTokenizer, tmp_path: Path, when: str
 ) -> None:
@@ -382,25 +394,10 @@ MODELS = (
 )
 
 
-@pytest.mark.parametrize(
-    ("mixers", "kind", "masked"),
-    [
-        # Every mixer in one model, and every model of one mixer.
-        pytest.param(
-            mixers,
-            kind,
-            masked,
-            id=f"{name}-{kind.__name__}-{masked}",
-            marks=[]
-            if (masked or name == "hybrid")
-            and (kind is GramianForCausalLM or (masked and name == "multi_hyena"))
-            else [pytest.mark.slow],
-        )
-        for name, mixers in MIXERS.items()
-        for kind in MODELS
-        for masked in (False, True)
-    ],
-)
+@pytest.mark.each
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("mixers", MIXERS.values(), ids=MIXERS)
 def test_forward_can_be_exported(
     make_config: MakeConfig,
     make_tokens: MakeTokens,

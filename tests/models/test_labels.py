@@ -142,6 +142,7 @@ def test_nothing_to_score_is_refused(name: str, score: Score) -> None:
         score(name, torch.full_like(fitting(name), -100))
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("change", ["more rows", "fewer rows", "another dimension", "flat"])
 def test_another_shape_is_refused(name: str, score: Score, change: str) -> None:
@@ -157,6 +158,7 @@ def test_another_shape_is_refused(name: str, score: Score, change: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("name", OF_CLASSES)
 @pytest.mark.parametrize("value", [-1, -99, -101, "classes", 10**9])
 def test_a_class_that_there_is_not_is_refused(name: str, score: Score, value: Any) -> None:
@@ -177,6 +179,7 @@ def test_tokens_of_another_dtype_are_refused(name: str, score: Score, dtype: tor
         score(name, fitting(name).to(dtype))
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
 @pytest.mark.parametrize("name", OF_CLASSES)
 def test_integers_of_any_width_are_the_same_labels(
@@ -186,6 +189,7 @@ def test_integers_of_any_width_are_the_same_labels(
     assert torch.equal(score(name, labels.to(dtype)).loss, score(name, labels).loss)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("name", OF_NUMBERS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_are_refused(name: str, score: Score, value: float) -> None:
@@ -211,6 +215,7 @@ def test_complex_numbers_are_refused(name: str, score: Score) -> None:
         score(name, fitting(name).to(torch.complex128))
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64])
 @pytest.mark.parametrize("name", OF_NUMBERS)
 def test_numbers_of_any_dtype_may_be_ignored(name: str, score: Score, dtype: torch.dtype) -> None:

@@ -50,6 +50,7 @@ def test_parallel_equals_recurrent_equals_chunked(
         assert_close(torch.cat(logits, 1), whole.logits)
 
 
+@pytest.mark.each
 @torch.no_grad()
 def test_single_precision_agrees_to_the_promised_error(
     make_model: MakeModel, make_tokens: MakeTokens, mixer: str, filter_config: dict[str, Any]
@@ -64,7 +65,7 @@ def test_single_precision_agrees_to_the_promised_error(
     assert (torch.cat(steps, 1) - whole).norm() <= 1e-5 * whole.norm()
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @pytest.mark.parametrize("padding", [1, 3, 50])
 @torch.no_grad()
 def test_left_padding_leaves_no_trace(
@@ -111,6 +112,7 @@ def test_padding_fed_token_by_token_leaves_no_trace(
     assert_close(outputs.logits, model(tokens[:, 4:]).logits[:, -1:])
 
 
+@pytest.mark.each
 @torch.no_grad()
 def test_the_future_does_not_matter_and_the_past_does(
     make_model: MakeModel, make_tokens: MakeTokens, mixer: str, filter_config: dict[str, Any]
@@ -239,6 +241,7 @@ def test_no_cache_is_made_where_gradients_are(
         assert model.train()(tokens).past_key_values is None
 
 
+@pytest.mark.each
 def test_gradients_cross_chunks(
     make_model: MakeModel, make_tokens: MakeTokens, mixer: str, filter_config: dict[str, Any]
 ) -> None:
@@ -257,6 +260,7 @@ def test_gradients_cross_chunks(
         assert_close(gradient, expected[name], rtol=1e-6, atol=1e-9, msg=name)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(
     make_model: MakeModel, make_tokens: MakeTokens, mixer: str, reentrant: bool
@@ -276,6 +280,7 @@ def test_gradient_checkpointing_changes_no_gradient(
         assert_close(gradient, expected[name], msg=name)
 
 
+@pytest.mark.each
 def test_every_parameter_learns(
     make_model: MakeModel, make_tokens: MakeTokens, mixer: str, filter_config: dict[str, Any]
 ) -> None:
@@ -287,6 +292,7 @@ def test_every_parameter_learns(
         assert gradient.abs().max() > 0, name
 
 
+@pytest.mark.each
 @torch.no_grad()
 def test_half_precision_spares_the_filters(
     make_model: MakeModel, make_tokens: MakeTokens, mixer: str, filter_config: dict[str, Any]

@@ -167,7 +167,7 @@ def test_its_output_projection_starts_small() -> None:
 
 
 def test_it_is_exported_once_it_says_how(tmp_path: Path) -> None:
-    model = make(("level", "long_convolution"), filter={"type": "explicit", "taps": 5})
+    model = make("level", num_hidden_layers=1)
     with pytest.raises(ValueError, match="says how a Level is traced; register a MixerProgram for"):
         export_model(model, tmp_path / "refused", "torch", verify=2)
     assert not (tmp_path / "refused").exists()

@@ -48,8 +48,8 @@ def positions(*lengths: int) -> Tensor:
     return torch.cat([torch.arange(n) for n in lengths])
 
 
-def test_outputs_loss_and_gradients(make_model: MakeModel, kind: dict[str, Any]) -> None:
-    model = make_model(**kind)
+def test_outputs_loss_and_gradients(make_model: MakeModel, every_kind: dict[str, Any]) -> None:
+    model = make_model(**every_kind)
     rows = sequences()
     output = model(**flattened(rows))
     alone = [model(row[None], labels=row[None]) for row in rows if len(row) > 1]

@@ -53,6 +53,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-7) -> None:
 
 
 # Gaps for every kind, and padding at one side for one kind of each sort of state.
+@pytest.mark.each
 @pytest.mark.parametrize(
     ("kind", "padding"),
     [
@@ -103,7 +104,7 @@ def test_prompts_turns_and_steps(make_model: MakeModel, kind: dict[str, Any], pa
             close(made[row], expected[0])
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @pytest.mark.parametrize(
     ("options", "padding"),
     [
@@ -201,6 +202,7 @@ def test_numbers_at_padding_reach_no_gradient(
             close(one, other)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("padding", ["right", "gap", pytest.param("left", marks=pytest.mark.slow)])
 def test_the_loss_is_that_of_the_rows(
     make_model: MakeModel, kind: dict[str, Any], padding: str
@@ -221,6 +223,7 @@ def test_the_loss_is_that_of_the_rows(
             close(found, expected, 1e-5)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_a_gradient_of_every_row(
     make_model: MakeModel, some_kind: dict[str, Any], padding: str

@@ -62,6 +62,7 @@ def test_the_head_compares_what_each_sequence_gives_alone(
     assert (swapped - expected).abs().max() > 1e-4
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("sides", [(0, 3), (2, 0), (4, 4)])
 @torch.no_grad()
 def test_padding_leaves_no_trace(

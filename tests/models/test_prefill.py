@@ -15,7 +15,7 @@ MakeModel = Callable[..., GramianForCausalLM]
 MakeTokens = Callable[[int, int], torch.Tensor]
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @pytest.mark.parametrize("chunk_size", [1, 7, 31, 32, 1000])
 def test_chunks_are_the_whole(
     make_model: MakeModel,

@@ -45,6 +45,7 @@ def test_position_codes_by_their_formula(width: int) -> None:
             assert codes[t, -1] == 0
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 @torch.no_grad()
 def test_positions_are_decoded_from_the_pooled_vector_alone(

@@ -46,7 +46,7 @@ def assert_same(one: GramianForCausalLM, other: GramianForCausalLM, tokens: torc
     assert torch.equal(one(tokens).logits, other(tokens).logits)
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @pytest.mark.parametrize("tied", [True, False])
 def test_round_trip(
     make_config: MakeConfig,
@@ -89,6 +89,7 @@ def test_shards(make_config: MakeConfig, make_tokens: MakeTokens, tmp_path: Path
     assert_same(model, load(tmp_path), make_tokens(1, 9))
 
 
+@pytest.mark.each
 def test_half_precision(
     make_config: MakeConfig,
     make_tokens: MakeTokens,
@@ -377,7 +378,7 @@ def everything(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @torch.no_grad()
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -84,6 +84,7 @@ def test_half_precision_is_compared_in_single(make: Make) -> None:
     assert outputs.loss.dtype == torch.float32
 
 
+@pytest.mark.each
 @torch.no_grad()
 def test_a_signal_streams(make: Make, block: dict[str, Any], filter_config: dict[str, Any]) -> None:
     model, values = make(filter=filter_config, **block), signal(2, 30)
@@ -125,6 +126,7 @@ def test_tokens_may_be_regressed_too(make: Make, make_tokens: MakeTokens) -> Non
     assert_close(outputs.loss, (outputs.logits - due).square().mean())
 
 
+@pytest.mark.each
 def test_every_parameter_learns(
     make: Make, block: dict[str, Any], filter_config: dict[str, Any]
 ) -> None:

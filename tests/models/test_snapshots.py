@@ -16,7 +16,7 @@ MakeModel = Callable[..., GramianForCausalLM]
 MakeTokens = Callable[[int, int], torch.Tensor]
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @pytest.mark.parametrize("length", [1, 9, 70])
 @torch.no_grad()
 def test_a_state_read_back_goes_on(

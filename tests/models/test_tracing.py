@@ -69,6 +69,7 @@ def agrees(graph: Any, model: Any, tokens: torch.Tensor, mask: torch.Tensor | No
     assert_close(traced, computed, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("masked", [False, True])
 def test_export(model: GramianForCausalLM, make_tokens: MakeTokens, masked: bool) -> None:
     open_ = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}

@@ -41,7 +41,7 @@ def test_bidirectional_is_the_sum_over_past_and_future(
         assert (one - other).norm() <= tolerance * other.norm()
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @pytest.mark.parametrize("length", [2, 5])
 @pytest.mark.parametrize(("taps", "ahead"), [(1, 4), (4, 1), (4, 4)])
 @pytest.mark.parametrize("channels", [(3,), (1,), (2, 3)])

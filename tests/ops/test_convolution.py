@@ -224,7 +224,7 @@ UNTRACED = ("test_schema", "test_autograd_registration", "test_faketensor")
 TRACED = (*UNTRACED, "test_aot_dispatch_dynamic")
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @pytest.mark.parametrize(("dtype", "others"), [(torch.float64, UNTRACED), (torch.float32, TRACED)])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("save_spectra", [False, True])

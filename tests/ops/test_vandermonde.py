@@ -65,6 +65,7 @@ def test_negative_real_pole_keeps_its_phase_in_single_precision():
 SHAPES = [((2, 3), (2, 3)), ((1, 3), (4, 3)), ((2, 1, 3), (2, 2, 3))]
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("length", [1, 2, 3, 11])
 @pytest.mark.parametrize(("poles", "batch"), SHAPES)
 def test_gradcheck_and_gradgradcheck(poles, batch, length):

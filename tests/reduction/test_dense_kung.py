@@ -74,6 +74,7 @@ def check_against_dense_kung(families, length, dtype, count, orders, refine):
     assert compared > len(kernel) * len(orders)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize(("length", "orders"), [(21, (1, 3, 6, 9)), (200, (2, 5, 8, 16))])
 def test_closed_forms_are_as_close_as_dense_ones(families, length, orders, dtype):
@@ -110,6 +111,7 @@ def test_residues_of_poles_that_nearly_coincide_are_the_best(length):
         assert float(fit.l2_error) <= 1.1 * least + rounding
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("length", [20, 63, 400])
 def test_double_poles_are_reached(length, dtype):

@@ -65,6 +65,7 @@ POLES = [0.05, -0.4, 0.75, 0.75j, 0.8 * np.exp(0.4j)]
 CLUSTERS = [(1, 0.0), (2, 1e-2), (2, 1e-5), (2, 1e-8), (3, 1e-2), (3, 1e-5), (4, 1e-3), (5, 1e-2)]
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("length", [1, 21, 140])  # dense to 128, then by Lanczos
 @pytest.mark.parametrize(("count", "distance"), CLUSTERS)
 def test_poles_that_nearly_coincide(count: int, distance: float, length: int) -> None:
@@ -77,6 +78,7 @@ def test_poles_that_nearly_coincide(count: int, distance: float, length: int) ->
         check(draw.standard_normal(length), poles, residues)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("modes", [1, 2, 3, 8])
 @pytest.mark.parametrize("length", [1, 9, 140])
 def test_random_systems(modes: int, length: int) -> None:

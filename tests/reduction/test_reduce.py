@@ -55,7 +55,7 @@ def exact_hankel_norm(kernel, reduction, horizon):
     )
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("highest", [11, pytest.param(32, marks=pytest.mark.slow)])
@@ -72,6 +72,7 @@ def test_figures_are_those_of_the_returned_system(length, tail, dtype, highest):
         assert bool(reduction.converged.all())
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize(("pairs", "reals"), [(1, 0), (0, 1), (2, 1), (3, 2), (6, 0)])
 def test_low_order_systems_are_recovered(random_system, tail, pairs, reals):
@@ -182,6 +183,7 @@ def test_at_least_as_close_as_pymor(smooth_kernel, tail, force_stability):
             assert ours <= 1.01 * theirs
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("tol", [0.5, 1e-1, 1e-3])
 def test_order_by_tolerance(random_system, tail, tol):

@@ -259,6 +259,7 @@ SETS = {
 }
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("name", SETS)
 def test_refined_errors_are_smaller(name, dtype):
     settings, part, length = SETS[name]
@@ -273,6 +274,7 @@ def test_refined_errors_are_smaller(name, dtype):
     assert bool((better.order <= 16).all())
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("tail", ["zero", "free"])
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 257, 1000])
 @pytest.mark.parametrize("highest", [17, pytest.param(40, marks=pytest.mark.slow)])

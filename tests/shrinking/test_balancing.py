@@ -90,6 +90,7 @@ def test_the_basis_is_balanced(length: int, n: int, width: int) -> None:
     torch.testing.assert_close(basis.singular_values[:, :full], spectrum[:, :full])
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("epsilon", [None, 1e-3])
 @pytest.mark.parametrize(("length", "n", "width"), SIZES)
 def test_the_error_is_exact_and_the_bound_holds(

@@ -309,6 +309,7 @@ def _scaled(norm: Any, factor: float, y: Tensor) -> Tensor:
     return norm(y * factor)
 
 
+@pytest.mark.each
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 3, 5])
 @pytest.mark.parametrize("kind", ALL)

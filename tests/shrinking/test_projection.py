@@ -66,7 +66,7 @@ def in_double(kind: str, size: int) -> tuple[GramianForCausalLM, GramianForCausa
     return model.double(), small.double()
 
 
-@pytest.mark.pairs
+@pytest.mark.each
 @torch.no_grad()
 @pytest.mark.parametrize("length", [1, 2, 3, 63])
 @pytest.mark.parametrize("size", [1, 2, 5])

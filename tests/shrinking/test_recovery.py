@@ -115,6 +115,7 @@ def divergence(original: nn.Module, small: nn.Module, ids: Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_recovery_brings_predictions_closer_on_text_that_it_does_not_see(

@@ -70,6 +70,7 @@ def parts(r: Recurrence, kept: Tensor | None = None) -> Tensor:
     return torch.stack(found, dim=2)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gram_matrix_is_that_of_a_loop_over_time(kind: str, length: int) -> None:

@@ -142,6 +142,7 @@ def drawn(rng: np.random.Generator) -> tuple:
     return family, order, [min(low, 0.95 * high), high], band
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("band", BANDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_and_band(family: str, band: str) -> None:

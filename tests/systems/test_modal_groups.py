@@ -48,6 +48,7 @@ def run(system: Modal, u: Tensor) -> Tensor:
     return torch.cat(outputs, -1)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("kind", COUNTS)
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 def test_grouped_is_the_same_map(kind: str, batch: tuple[int, ...]) -> None:

@@ -451,6 +451,7 @@ def test_a_chunk_for_all_channels_is_broadcast_as_a_sample_is(form):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("radius", [0.5, 0.99, 1.01])
 @pytest.mark.parametrize("order", [1, 2, 5, 12])
 @pytest.mark.parametrize("length", [63, 700])

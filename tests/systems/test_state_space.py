@@ -65,6 +65,7 @@ def test_values_of_the_infinite_horizon(order: int, cutoff: float) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize(("order", "cutoff"), [(5, 0.02), (6, 0.02), (8, 0.05)])
 @pytest.mark.parametrize("kind", ["state_space", "transfer_function", "dense", "converted"])
 def test_memory_in_use(kind: str, order: int, cutoff: float) -> None:

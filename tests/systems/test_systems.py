@@ -79,6 +79,7 @@ def by_definition(system: System, u: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows)).reshape(u.shape)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("channels", [(), (3,), (2, 3)])
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_kind_conforms(name, channels):

@@ -46,6 +46,7 @@ def make(name: str, length: int, channels: tuple[int, ...] = (3,), order: int = 
     return TimeVarying(torch.ones_like(A), key, C, D, -beta * key, key)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("channels", [(), (3,), (2, 3)])
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_every_kind_conforms(name, channels):

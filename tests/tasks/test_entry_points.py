@@ -139,6 +139,7 @@ def test_distillation_and_analysis_read_the_same_tokens(
     assert "".join(json.loads(out)["tokens"]) == GENOME[:20]
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("prompt", [f">a\n{GENOME}\n", GENOME, GENOME.lower(), GENOME + "\r\n"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_prompt_is_a_genome(
@@ -162,6 +163,7 @@ def test_a_prompt_is_a_genome(
     assert torch.equal(one.layers[0].ess, other.layers[0].ess)
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("file", [name for name in FILES if name.startswith(("x", "cr", "plain"))])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_prompt_in_a_file_is_a_genome(call: Any, name: str, file: str) -> None:
@@ -224,6 +226,7 @@ def test_windows_of_many_short_records(place: Path, tmp_path: Path) -> None:
     assert windows.shape[1] == 16 and windows.numel() >= (64 + 60 * 20) / 2
 
 
+@pytest.mark.each
 @pytest.mark.parametrize(
     ("file", "sentence"),
     [

@@ -200,9 +200,20 @@ def test_changes_on_the_command_line(tmp_path: Path) -> None:
 def test_a_sweep_runs_every_point_and_gathers_them(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     shares: list[float] = []
-    config = parse_sweep(grid(folder, {"seed": [0, 1], "model.hidden_size": [8, 16]}))
-    report = sweep(config, jobs=2, progress=lambda done, total: shares.append(done / total))
+    few = parse_sweep(grid(folder, {"seed": [0, 1], "model.hidden_size": [8]}))
+    first = sweep(few, jobs=2, progress=lambda done, total: shares.append(done / total))
     assert shares[0] == 0 and shares[-1] == 1 and max(shares) == 1
+    assert not first.failed and len(first.points) == 2
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/report.json")}
+
+    # Finished points are left as they are; a grid that grows runs what is new.
+    config = parse_sweep(grid(folder, {"seed": [0, 1], "model.hidden_size": [8, 16]}))
+    report = sweep(config, jobs=2)
+    after = {path: path.stat().st_mtime_ns for path in folder.glob("*/report.json")}
+    assert len(after) == 4 and all(after[path] == time for path, time in before.items())
+    assert [point for point in report.points if point.values["model.hidden_size"] == 8] == list(
+        first.points
+    )
     assert not report.failed and len(report.points) == 4
     assert sorted(path.name for path in folder.iterdir()) == [
         "logs",
@@ -241,15 +252,6 @@ def test_a_sweep_runs_every_point_and_gathers_them(tmp_path: Path) -> None:
         assert float(line["last_accuracy"]) == run["metrics"]["accuracy"]
     assert yaml.safe_load((folder / "sweep.yaml").read_text()) == config.source
 
-    # Finished points are left as they are; a grid that grows runs what is new.
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/report.json")}
-    more = parse_sweep(grid(folder, {"seed": [0, 1], "model.hidden_size": [8, 16, 24]}))
-    grown = sweep(more, jobs=2)
-    after = {path: path.stat().st_mtime_ns for path in folder.glob("*/report.json")}
-    assert len(after) == 6 and all(after[path] == time for path, time in before.items())
-    assert [point for point in grown.points if point.values["model.hidden_size"] < 24] == list(
-        report.points
-    )
     # Other settings in the same folders are refused.
     with pytest.raises(ConfigError, match=r"holds a run with another optimization\.steps"):
         sweep(parse_sweep(grid(folder, {"seed": [0, 1], "model.hidden_size": [8]}, **STEPS)))

@@ -42,6 +42,7 @@ def dense(case: Case, arguments: Arguments, reading: ScanReading) -> Tensor:
     return torch.stack(columns, -1) / gate
 
 
+@pytest.mark.each
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("name", CASES)
 def test_a_reading_predicts_what_a_loop_returns(name: str, length: int) -> None:
