@@ -88,7 +88,8 @@ def convert(
     is built. The tensors of one layer are read, translated and written, and then those of the next
     one. So the memory that is needed is that of the largest layer, or of the embedding and the
     output projection, and a checkpoint may be much larger than the memory. It may consist of one
-    file, several, or a file in parts. The folder also contains `conversion.json`, which holds the
+    file, several, or a file in parts. PyTorch 2.6 maps pickled files, which then must be smaller
+    than the memory. The folder also contains `conversion.json`, which holds the
     report, and a model card. If an error is raised, there is no folder.
 
     Args:

@@ -175,20 +175,25 @@ class Weights(Mapping[str, Tensor]):
                 found[name] = self[name]
                 continue
             if place.file not in storages:
-                storages[place.file] = _map(place.file)
+                storages[place.file] = _map(place.file, "gramian convert")
             found[name] = place.map(storages[place.file])
         return found
 
 
-def _map(file: Path) -> torch.UntypedStorage:
-    """Map a file into memory; changes of the memory do not change the file."""
+def _map(file: Path, instead: str) -> torch.UntypedStorage:
+    """Map a file into memory; changes of the memory do not change the file.
+
+    Args:
+        file: the file.
+        instead: what reads the file without mapping it, for the message of an error.
+    """
     size = file.stat().st_size
     try:
         storage: Any = torch.UntypedStorage.from_file(str(file), False, size)
     except RuntimeError as error:
         raise ValueError(
-            f"{file} cannot be mapped into memory ({first_line(error)[:-1]}); gramian convert "
-            "reads it layer by layer."
+            f"{file} cannot be mapped into memory ({first_line(error)[:-1]}); {instead} reads it "
+            "layer by layer."
         ) from error
     return storage
 
@@ -508,12 +513,15 @@ def _load_pickle(file: Path) -> Any:
                 f"{file} is refused: reading it would call {', '.join(foreign[:4])}, which no "
                 "tensor needs. Save its state_dict alone, or as safetensors, where you trust it."
             )
+        places = plain and _tells_places()
+        mmap = plain and not places and not _parts(file)
+        if mmap:
+            _map(file, "a newer PyTorch")  # so that too little memory is not taken for damage
         with torch.serialization.safe_globals([_placeholder(name) for name in names]):
             try:
                 stream.seek(0)
-                if plain and _tells_places():
+                if places:
                     return torch.load(stream, map_location="meta", weights_only=True)
-                mmap = plain and not _parts(file)
                 source = file if mmap else stream
                 return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
             except pickle.UnpicklingError as error:

@@ -34,6 +34,8 @@ _AFTER_AUTOGRAD = torch._C._after_autograd_keyset  # noqa: SLF001 (no public nam
 _below_autograd = torch._C._AutoDispatchBelowAutograd  # noqa: SLF001 (no public name)
 _transforms_are_active = torch._C._are_functorch_transforms_active  # noqa: SLF001 (no public name)
 _forward_mode_is_enabled = torch._C._is_fwd_grad_enabled  # noqa: SLF001 (no public name)
+_Function = torch.autograd.function._SingleLevelFunction  # noqa: SLF001 (no public name)
+_compiled_autograd_key = torch.autograd.Function._compiled_autograd_key  # noqa: SLF001 (as above)
 _enable_forward_mode = forward_ad._set_fwd_grad_enabled  # noqa: SLF001 (no public name)
 
 
@@ -134,11 +136,12 @@ def differentiable(
 
     recorded: Any = type(
         op.name().replace("::", "_"),
-        (torch.autograd.Function,),
+        (_Function,),
         {
             "forward": staticmethod(forward),
             "backward": staticmethod(reverse_mode),
             "jvp": staticmethod(forward_mode),
+            "_compiled_autograd_key": staticmethod(_compiled_autograd_key),
         },
     )
 
@@ -148,15 +151,14 @@ def differentiable(
             return compute(keyset, inputs)
         if backward is None or jvp is None:
             raise NotImplementedError(f"{op.name()} has no derivatives: it is itself part of one.")
-        apply = super(torch.autograd.Function, recorded).apply
         if not _transforms_are_active():
-            return apply(*inputs, keyset, None)
+            return recorded.apply(*inputs, keyset, None)
         # A dispatched operator sees one level of the transforms of torch.func: its arguments are
-        # already unwrapped, and `torch.autograd.Function.apply` would unwrap them again. The
-        # operations that it calls are differentiated at the outer levels, but not at this one.
+        # already unwrapped, and a `torch.autograd.Function` would unwrap them again. The operations
+        # that it calls are differentiated at the outer levels, but not at this one.
         modes = torch.is_grad_enabled(), _forward_mode_is_enabled()
         with enable_single_level_autograd_function():
-            return apply(*inputs, keyset, modes)
+            return recorded.apply(*inputs, keyset, modes)
 
     _LIBRARY.impl(op.name().split("::")[1], dispatched, "Autograd", with_keyset=True)
 

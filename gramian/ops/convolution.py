@@ -33,6 +33,7 @@ from gramian.ops._operator import batch_first, differentiable, operator, total
 from gramian.ops.kernels import runs_in_triton
 from gramian.ops.kernels.causal_convolution import covers, fused_convolution, fused_correlation
 from gramian.ops.lengths import at_most, fft_length
+from gramian.ops.precision import complex_dtype
 
 # The number of elements in one padded block. This is a compromise: every call of the FFT has a
 # fixed cost, which favors many rows, but a block and its spectrum should stay in cache. 16 rows of
@@ -392,7 +393,7 @@ def _empty_gradients(
 
 def _empty_spectra(u: Tensor, kernel: Tensor, points: int) -> Tensor:
     """Allocate memory for the spectra of u by transforms of `points` points; none for 0 points."""
-    dtype = torch.complex128 if kernel.dtype == torch.float64 else torch.complex64
+    dtype = complex_dtype(kernel.dtype)
     shape = (*u.shape[:-1], points // 2 + 1) if points else (0,)
     return u.new_empty(shape, dtype=dtype)
 

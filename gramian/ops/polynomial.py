@@ -23,6 +23,7 @@ from gramian.ops._blocks import cut
 from gramian.ops._operator import batch_first, differentiable, operator
 from gramian.ops.derivatives import records_derivatives
 from gramian.ops.devices import has_float64
+from gramian.ops.precision import complex_dtype
 
 # The number of grid points in one block, and the fewest rows that are worth a call of the FFT.
 _CPU_BLOCK = 2**17
@@ -252,7 +253,7 @@ def _rational_kernel(
 
 
 def _empty_spectra(b: Tensor, a: Tensor, grid: int, keep: bool) -> tuple[Tensor, Tensor]:
-    dtype = b.dtype.to_complex()
+    dtype = complex_dtype(b.dtype)
     if not keep:
         return b.new_empty(0, dtype=dtype), b.new_empty(0, dtype=dtype)
     shapes = ((*c.shape[:-1], grid // 2 + 1) for c in (a, b))
@@ -272,7 +273,7 @@ def _rational_kernel_backward(
     """
     of_b, of_a = torch.empty_like(b), torch.empty_like(a)
     rows, tasks = cut(g, a, grid, _CPU_BLOCK, _CPU_MIN_ROWS)
-    single = b.dtype.to_complex()
+    single = complex_dtype(b.dtype)
     kept = ratios.numel() > 0
     if not kept:
         polynomials = _PaddedPolynomials(b, rows, grid, g.dtype)

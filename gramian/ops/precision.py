@@ -1,4 +1,4 @@
-"""Protection from autocast for computations that need the full precision of their inputs."""
+"""The precision of computations: complex dtypes, and protection from autocast."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["full_precision"]
+__all__ = ["complex_dtype", "full_precision"]
 
 _DEVICES = [
     device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device)
 ]
+
+
+def complex_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the complex dtype beside a real one: complex128 for float64, else complex64.
+
+    `dtype.to_complex()` returns a complex dtype in half precision for float16, and since PyTorch
+    2.14 for bfloat16 too. Few of PyTorch's operators accept these.
+    """
+    return torch.complex128 if dtype == torch.float64 else torch.complex64
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from torch.library import register_fake, register_vmap
 from gramian.ops._blocks import Task, cut
 from gramian.ops._operator import batch_first, differentiable, operator, total
 from gramian.ops.derivatives import records_derivatives
+from gramian.ops.precision import complex_dtype
 
 __all__ = [
     "geometric_powers",
@@ -216,7 +217,7 @@ def _product(poles: Tensor, coefficients: Tensor, length: int) -> Tensor:
 @operator("vandermonde_transpose_product")
 def _transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
     """Compute `Σ_t signal_t λ_k^t`, (G, R, m), for poles (G, m) and a signal (G, R, T)."""
-    length, dtype = signal.shape[-1], signal.dtype.to_complex()
+    length, dtype = signal.shape[-1], complex_dtype(signal.dtype)
     sums = signal.new_empty(*signal.shape[:2], poles.shape[-1], dtype=dtype)
     rows, columns = _split(length)
 
@@ -298,7 +299,7 @@ def _product_fake(poles: Tensor, coefficients: Tensor, length: int) -> Tensor:
 @register_fake(_transpose_product)
 def _transpose_product_fake(poles: Tensor, signal: Tensor) -> Tensor:
     shape = (*signal.shape[:2], poles.shape[-1])
-    return signal.new_empty(shape, dtype=signal.dtype.to_complex())
+    return signal.new_empty(shape, dtype=complex_dtype(signal.dtype))
 
 
 @register_fake(_product_backward)

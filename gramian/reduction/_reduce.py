@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gramian._checks import check_choice
 from gramian.ops.devices import returned, work_device
-from gramian.ops.precision import full_precision
+from gramian.ops.precision import complex_dtype, full_precision
 from gramian.ops.threads import work
 from gramian.reduction import errors
 from gramian.reduction._kernels import check_finite, kernel_of
@@ -482,7 +482,7 @@ def _assembled(parts: list[_Part], kernel: Tensor, dtype: torch.dtype) -> Reduct
     def figure(pieces: list[Tensor]) -> Tensor:
         return returned(torch.cat(pieces), device).reshape(shape)
 
-    kind = dtype.to_complex()
+    kind = complex_dtype(dtype)
     poles = joined([part.fit.poles for part in parts])
     residues = joined([part.fit.residues for part in parts])
     system = Modal(

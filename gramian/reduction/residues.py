@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from gramian.ops.precision import complex_dtype
 from gramian.ops.vandermonde import geometric_powers, vandermonde_product
 from gramian.reduction.basis import Vandermonde, basis_gram, geometric_sum, pole_products
 
@@ -112,7 +113,7 @@ def fit_residues(taps: Tensor, poles: Tensor, dtype: torch.dtype) -> ModalFit:
         poles: (B, n), complex128: the poles, in conjugate pairs. An unused entry is NaN.
         dtype: The real dtype of the result, float32 or float64.
     """
-    poles = one_of_each_pair(poles.to(dtype.to_complex()).to(torch.complex128), dtype)
+    poles = one_of_each_pair(poles.to(complex_dtype(dtype)).to(torch.complex128), dtype)
     modes = poles.shape[-1]
     if modes == 0:
         return ModalFit(poles, poles, taps.norm(dim=-1), taps.abs().sum(-1))
@@ -139,7 +140,7 @@ def fit_residues(taps: Tensor, poles: Tensor, dtype: torch.dtype) -> ModalFit:
 
 def measured(taps: Tensor, poles: Tensor, residues: Tensor, dtype: torch.dtype) -> ModalFit:
     """Round poles and residues (B, m), one of each pair, to `dtype`, and measure their fit."""
-    kind = dtype.to_complex()
+    kind = complex_dtype(dtype)
     poles, residues = (x.to(kind).to(torch.complex128) for x in (poles, residues))
     residues = torch.where(poles.imag == 0, residues.real.to(residues.dtype), residues)
     error = taps - vandermonde_product(poles, residues, taps.shape[-1])

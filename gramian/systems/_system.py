@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gramian.ops import causal_convolution
+from gramian.ops.precision import complex_dtype
 from gramian.systems._state import State, StateT, broadcasts, check_state, vector_fits, wrong_shapes
 
 if TYPE_CHECKING:
@@ -165,12 +166,15 @@ class System(abc.ABC, Generic[StateT]):
         device: torch.device | torch.dtype | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Move to another device or to another real floating-point dtype."""
+        """Move to another device or to another real floating-point dtype.
+
+        Complex tensors become complex128 for float64, and complex64 for any narrower dtype.
+        """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
 
         def move(value: Tensor) -> Tensor:
-            kind = dtype.to_complex() if dtype is not None and value.is_complex() else dtype
+            kind = complex_dtype(dtype) if dtype is not None and value.is_complex() else dtype
             return value.to(device=device, dtype=kind)
 
         return self._map(move)
@@ -247,6 +251,8 @@ class TimeInvariantSystem(System[StateT]):
         dtype: torch.dtype | None = None,
     ) -> Self:
         """Move to another device or to another real floating-point dtype.
+
+        Complex tensors become complex128 for float64, and complex64 for any narrower dtype.
 
         Warns:
             UserWarning: if `dtype` is narrower than the system's dtype, and rounding to `dtype`

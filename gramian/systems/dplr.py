@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gramian.ops import causal_convolution
 from gramian.ops.feedback import feedback_kernel
 from gramian.ops.lengths import tail_count
+from gramian.ops.precision import complex_dtype
 from gramian.ops.vandermonde import (
     integer_power,
     vandermonde_product,
@@ -195,7 +196,7 @@ class DPLRRecurrence(VectorRecurrence[DPLRState]):
         self.system: DPLR = system.frozen()
         dtype = working_dtype(system.D)
         double = self.system.to(dtype=torch.float64)
-        self._poles = double.poles.to(dtype.to_complex())
+        self._poles = double.poles.to(complex_dtype(dtype))
         self._turn = self._poles.real.clone(), self._poles.imag.clone()
         # Re (r x) = (Re r)(Re x) - (Im r)(Im x) is the inner product of two pairs of real numbers.
         rows = torch.stack([double.C, double.q], dim=-2).conj_physical()

@@ -151,7 +151,9 @@ def test_models_are_read_wholly_and_compute_the_same(kind: str) -> None:
     (report,) = reports
     assert not report.unread
     found = [(layer.kind, layer.reader, layer.count) for layer in report.layers]
-    assert found == MODELS[kind][1]
+    # Later versions of transformers give more types attention through its interface.
+    readers = {A: "attention"} if model._supports_attention_backend else {}
+    assert found == [(one, readers.get(one, reader), n) for one, reader, n in MODELS[kind][1]]
     if model._can_set_attn_implementation():
         model.set_attn_implementation("eager")
     plain = layer_outputs(model, lambda: model(ids, use_cache=False), length)

@@ -268,6 +268,12 @@ def test_a_file_that_the_system_does_not_map(
     with pytest.raises(ValueError, match=r"cannot be mapped .* gramian convert reads it layer by"):
         checkpoints.load(file)
     checkpoints.convert(file, tmp_path / "out")
+    # PyTorch 2.6 does not tell where the tensors of a pickle are, so it has to map the file.
+    pickled = tmp_path / "x.pt"
+    torch.save({"a": torch.randn(4)}, pickled)
+    monkeypatch.setattr(files, "_tells_places", lambda: False)
+    with pytest.raises(ValueError, match=r"cannot be mapped .* a newer PyTorch reads it layer by"):
+        files.open_checkpoint(pickled)
 
 
 def test_a_compressed_archive_and_one_of_another_byte_order(tmp_path: Path) -> None:
@@ -382,10 +388,9 @@ def test_more_layers_need_no_more_memory(tmp_path: Path) -> None:
     The largest checkpoint is three times as large as the address space that is then left, which its
     mapped files would need, too.
     """
-    cases = (
-        ("safari_hyena_order2.safetensors", ".safetensors"),
-        ("stripedhyena_tiny.safetensors", ".pt"),
-    )
+    cases = [("safari_hyena_order2.safetensors", ".safetensors")]
+    if files._tells_places():  # an older PyTorch maps pickles
+        cases.append(("stripedhyena_tiny.safetensors", ".pt"))
     sources, sizes = [], []
     for number, (name, suffix) in enumerate(cases):
         for layers in (3, 12):
@@ -402,7 +407,7 @@ def test_more_layers_need_no_more_memory(tmp_path: Path) -> None:
     )
     assert child.returncode == 0, child.stderr
     peaks, refusal = map(json.loads, child.stdout.splitlines())
-    for i in (0, 2):
+    for i in range(0, len(peaks), 2):
         few, many = peaks[i : i + 2]
         assert many - few < 0.75 * sizes[i], (few, many, sizes[i])
         assert many < 3 * sizes[i] + 2**21, (many, sizes[i])

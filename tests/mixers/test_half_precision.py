@@ -94,7 +94,7 @@ def forms(mixer: Mixer, x: torch.Tensor, compiled: bool) -> dict[str, torch.Tens
         return outputs
     mixer.compile_step(backend="eager")
     with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)  # that compiling failed
+        warnings.filterwarnings("error", "steps run uncompiled")
         outputs["compiled steps"] = stepped(recurrence, x)
     return outputs
 

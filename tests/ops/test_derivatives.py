@@ -286,6 +286,17 @@ def test_gradients_without_a_graph_have_tangents():
     torch.testing.assert_close(tangent, expected, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.slow  # it imports the compiler
+def test_gradients_of_compiled_autograd():
+    from torch._dynamo import compiled_autograd
+
+    u, kernel = real(2, 3, 8).requires_grad_(), real(3, 8).requires_grad_()
+    expected = torch.autograd.grad(causal_convolution(u, kernel).sin().sum(), (u, kernel))
+    with compiled_autograd._enable(lambda graph: graph):
+        causal_convolution(u, kernel).sin().sum().backward()
+    torch.testing.assert_close((u.grad, kernel.grad), expected)
+
+
 def test_packed_layers_have_tangents():
     layer, packing = Linear(8, 4), Packing()
     x, t = torch.randn(2, 3, 8)

@@ -196,7 +196,10 @@ def test_rounding_that_loses_nothing_is_silent() -> None:
         fields = (torch.ones_like(poles) for _ in range(4))
         d = torch.zeros(2, dtype=torch.float64)
         DPLR(poles, *fields, d)[:0].to(torch.float32)
-        Modal(poles, poles, d).to(torch.bfloat16)
+        for half in (torch.bfloat16, torch.float16):
+            modal = Modal(poles, poles, d).to(half)
+            assert (modal.d.dtype, modal.poles.dtype) == (half, torch.complex64)
+            assert modal(torch.ones(2, 3, dtype=half)).dtype == half
         Modal(poles, poles, d).to(device="meta", dtype=torch.float32)
 
 
