@@ -8,7 +8,6 @@ import io
 import os
 import sys
 import traceback
-import typing
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Annotated, Any, NoReturn
@@ -109,7 +108,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     `gramian.ops.adaptive_threads`. An exception in the function ends the process with
     status 1 and one line on standard error, or with a traceback under `--debug`.
     """
-    signature = inspect.signature(function)
+    # Not by `typing.get_type_hints`: that of Python 3.10 wraps a type in Optional if the default is
+    # None, and so hides what is `Annotated`.
+    signature = inspect.signature(function, eval_str=True)
     wants_imports = "imports" in signature.parameters
     shared = {
         "imports": (_Imports, None),
@@ -129,7 +130,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             with _threads(adaptive_threads):
                 function(**arguments)
 
-    hints = typing.get_type_hints(function, include_extras=True)
+    hints = {one.name: one.annotation for one in signature.parameters.values()}
     hints |= {name: hint for name, (hint, _) in shared.items()}
     defaults = {one.name: one.default for one in signature.parameters.values()}
     defaults |= {name: default for name, (_, default) in shared.items()}

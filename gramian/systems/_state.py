@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.fx._pytree import register_pytree_flatten_spec
 from typing_extensions import Self, TypeVar, dataclass_transform
 
 from gramian._staging import staged_file
@@ -47,7 +48,12 @@ class State(tuple[Any, ...]):
             lambda state: (list(state), None),
             lambda leaves, _: cls(*leaves),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+            flatten_with_keys_fn=lambda state: (
+                [(pytree.GetAttrKey(name), getattr(state, name)) for name in state._fields],
+                None,
+            ),
         )
+        register_pytree_flatten_spec(cls, lambda state, _: list(state))  # PyTorch 2.6 needs it
         # A state is made of tensors only, so `torch.load` may make one with `weights_only=True`.
         torch.serialization.add_safe_globals([cls])
 

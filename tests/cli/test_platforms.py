@@ -50,3 +50,16 @@ def test_a_backslash_belongs_to_a_path_of_windows() -> None:
     assert _jobs._split(r"a\ b 'c d'", windows=False) == ["a b", "c d"]
     with pytest.raises(ValueError, match="No closing quotation"):
         _jobs._split("a 'b")
+
+
+def test_every_parameter_of_every_command_has_its_help() -> None:
+    """Python 3.10 hid what was annotated, so that arguments became options without help."""
+    from typer.main import get_command
+
+    commands = get_command(_app.app).commands  # type: ignore[attr-defined]
+    assert {"analyze", "distill", "generate", "train"} <= commands.keys()
+    for name, command in commands.items():
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), (name, parameter.name)
+    kinds = {one.name: one.param_type_name for one in commands["analyze"].params}
+    assert kinds["models"] == "argument" and kinds["text"] == "option"

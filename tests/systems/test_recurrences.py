@@ -158,7 +158,7 @@ def test_advance_is_traced_into_a_program_without_writes(name: str) -> None:
 
     state, sample = warm(recurrence), torch.randn(2, CHANNELS, dtype=torch.float64)
     with torch.no_grad():
-        program = torch.export.export(Program(), (sample, state))
+        program = torch.export.export(Program(), (sample, state), strict=False)
         y, after = program.module()(sample, state)
     calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert calls and not any(re.match(r"aten\.\w*[a-z]_\.", call) for call in calls)
