@@ -503,16 +503,22 @@ def _fall_and_loss(r: Results) -> str:
     return f"{ranks['recall']:.2f} and {ranks['perplexity']:.2f}"
 
 
-def _hybrids(place: int | None) -> Callable[[Results], str]:
+def _hybrids(place: int | None, behind: bool) -> Callable[[Results], str]:
+    """Accuracy of hybrids with attention at a place, behind a convolution or not."""
+
     def text(r: Results) -> str:
-        runs = [run for run in r["runs"] if run["place"] == place]
-        accuracy = spread((run["accuracy"] for run in runs), ".3f")
+        runs = _of(r, place=place, convolution=behind)
+        accuracy = spread((run["accuracy"] for run in runs), ".2f")
         if place is None:
             return accuracy
         sizes = spread((run["ess"][place - 1] for run in runs), ".1f")
         return f"{accuracy} (ESS of attention {sizes})"
 
-    return _once_measured(text)
+    return text
+
+
+def _hybrids_explained(mark: str) -> Callable[[Results], str]:
+    return lambda r: f"{r['correlations'][mark]['all']:.2f}"
 
 
 def _ranks(values: list[float]) -> list[float]:
@@ -961,7 +967,13 @@ FIGURES: dict[str, list[Row]] = {
         (kept("state_modulation_twins"), _once_measured(_fall_and_loss)),
     ],
     "Attention's place in a hybrid": [
-        (kept("hybrid_topology"), _hybrids(place)) for place in (1, 2, 3, 4, None)
+        *(
+            ("hybrid_topology", _hybrids(place, behind))
+            for behind in (False, True)
+            for place in (1, 2, 3, 4, None)
+        ),
+        ("hybrid_topology", _hybrids_explained("topology")),
+        ("hybrid_topology", _hybrids_explained("topology behind a convolution")),
     ],
     "Memory and recall": [
         ("ess_effects_recall", _recall("ess")),
