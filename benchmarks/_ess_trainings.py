@@ -50,7 +50,6 @@ COLOURS |= {"S6": "#CC79A7", "GLA-S6, c = 1": "#E69F00", "GLA-S6, c = n": "#56B4
 SIZES = ("ess", "tss")
 VOCABULARY = 64
 TOKENS = 16  # vocabulary of selective copying and of compression
-FEWEST = 3  # tokens to decode in compression, whose sequences have at least four tokens
 WIDTH = 64
 BATCH = 32
 RATES = {"SA": 3e-3}  # learning rates that differ from `RATE`
@@ -140,13 +139,11 @@ def tokens(
 ) -> tuple[Tensor, Tensor]:
     """Return inputs and labels (count, length) of sequences with at least ``fewest`` pairs.
 
-    All sequences of compression in a batch have one number of tokens, and so one length.
+    Sequences of compression have all tokens, so that they have one length.
     """
     if setting.task == "compression":
-        fewest = max(fewest, FEWEST)
+        fewest = setting.pairs
     numbers = random.integers(fewest, setting.pairs + 1, size=count)
-    if setting.task == "compression":
-        numbers[:] = numbers[0]
     rows = [task_of(setting, pairs).row(random, "train") for pairs in numbers.tolist()]
     x, y = (np.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
     if setting.task == "compression":

@@ -619,6 +619,23 @@ def _explained(task: str, size: str) -> Callable[[Results], str]:
     return lambda r: _recall(size)({"runs": _of(r, task=task)})
 
 
+def _explained_within(task: str, size: str) -> Callable[[Results], str]:
+    """Rank correlations over the trainings of each number of items."""
+
+    def text(r: Results) -> str:
+        runs = _of(r, task=task)
+        groups = [_of(r, task=task, pairs=n) for n in sorted({run["pairs"] for run in runs})]
+        found = [
+            _correlation(
+                _ranks([run[size] for run in some]), _ranks([run["accuracy"] for run in some])
+            )
+            for some in groups
+        ]
+        return " and ".join(f"{value:.2f}" for value in found)
+
+    return text
+
+
 def _accuracy(**chosen: Any) -> Callable[[Results], str]:
     return lambda r: f"{_average(r, 'accuracy', **chosen):.2f}"
 
@@ -990,6 +1007,8 @@ FIGURES: dict[str, list[Row]] = {
         ("ess_tasks", _explained("copying", "tss")),
         ("ess_tasks", _explained("compression", "ess")),
         ("ess_tasks", _explained("compression", "tss")),
+        ("ess_tasks", _explained_within("compression", "ess")),
+        ("ess_tasks", _explained_within("compression", "tss")),
     ],
     "S6 and recall": [
         ("ess_s6", _accuracy(label="S6", layers=1, rate=3e-3)),
