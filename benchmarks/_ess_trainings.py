@@ -50,7 +50,6 @@ COLOURS |= {"S6": "#CC79A7", "GLA-S6, c = 1": "#E69F00", "GLA-S6, c = n": "#56B4
 SIZES = ("ess", "tss")
 VOCABULARY = 64
 TOKENS = 16  # vocabulary of selective copying and of compression
-FEWEST = 3  # tokens to decode in compression, whose sequences have at least four tokens
 WIDTH = 64
 BATCH = 32
 RATES = {"SA": 3e-3}  # learning rates that differ from `RATE`
@@ -140,13 +139,11 @@ def tokens(
 ) -> tuple[Tensor, Tensor]:
     """Return inputs and labels (count, length) of sequences with at least ``fewest`` pairs.
 
-    All sequences of compression in a batch have one number of tokens, and so one length.
+    Sequences of compression have all tokens, so that they have one length.
     """
     if setting.task == "compression":
-        fewest = max(fewest, FEWEST)
+        fewest = setting.pairs
     numbers = random.integers(fewest, setting.pairs + 1, size=count)
-    if setting.task == "compression":
-        numbers[:] = numbers[0]
     rows = [task_of(setting, pairs).row(random, "train") for pairs in numbers.tolist()]
     x, y = (np.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
     if setting.task == "compression":
@@ -189,28 +186,46 @@ def train(setting: Setting) -> Run:
     }
 
 
+class Descent:
+    """AdamW for one model, with one cycle of the learning rate and clipped gradients.
+
+    Args:
+        model: the model, whose parameters are changed in place.
+        rate: the highest learning rate, which is reached after a tenth of the steps.
+        steps: the number of steps.
+    """
+
+    def __init__(self, model: nn.Module, rate: float, steps: int) -> None:
+        self.model = model
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, lr=rate, weight_decay=0.01))
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer,
+            [group["lr"] for group in self.optimizer.param_groups],
+            total_steps=steps,
+            pct_start=0.1,
+            cycle_momentum=False,
+        )
+
+    def step(self, loss: Tensor) -> None:
+        """Take one step down the gradient of the loss, a scalar."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+
+
 def fit(setting: Setting, model: nn.Module, observer: Observer) -> None:
     """Train the model in place, by the settings."""
     random = np.random.default_rng([setting.seed, 0])
     rate = RATES.get(setting.mixer, RATE) if setting.rate is None else setting.rate
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=rate, weight_decay=0.01))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        [group["lr"] for group in optimizer.param_groups],
-        total_steps=setting.steps,
-        pct_start=0.1,
-        cycle_momentum=False,
-    )
+    descent = Descent(model, rate, setting.steps)
     for _ in range(setting.steps):
         logits, values = answers(model, *tokens(setting, random, BATCH, 1))
         loss = nn.functional.cross_entropy(logits, values)
         if setting.penalty:
             loss = loss + setting.penalty * gate_regularizer(observer.operators())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        descent.step(loss)
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ from benchmarks._ess_trainings import (
     EVALUATED,
     MEASURED,
     RATE,
+    Descent,
     Setting,
     answers,
     model_of,
@@ -46,7 +47,7 @@ from benchmarks._ess_trainings import (
 from benchmarks._pages import fill_marks
 from benchmarks._pages import table as as_table
 from benchmarks._report import write
-from gramian import effective_state_size, parameter_groups
+from gramian import effective_state_size
 from gramian._staging import staged_file
 from gramian.memory import Observer
 from gramian.models import GramianForCausalLM
@@ -97,32 +98,16 @@ def fit(
         teacher: model whose logits `loss` receives.
     """
     random = np.random.default_rng([setting.seed, stream])
-    optimizers = [
-        torch.optim.AdamW(parameter_groups(model, lr=RATE, weight_decay=0.01)) for model in models
-    ]
-    schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            [group["lr"] for group in optimizer.param_groups],
-            total_steps=setting.steps,
-            pct_start=0.1,
-            cycle_momentum=False,
-        )
-        for optimizer in optimizers
-    ]
+    descents = [Descent(model, RATE, setting.steps) for model in models]
     for _ in range(setting.steps):
         x, y = tokens(setting, random, BATCH, 1)
         targets = torch.empty(0)
         if teacher is not None:
             with torch.no_grad():
                 targets, _ = answers(teacher, x, y)
-        for model, optimizer, schedule in zip(models, optimizers, schedules, strict=True):
-            logits, values = answers(model, x, y)
-            optimizer.zero_grad()
-            loss(logits, values, targets).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
+        for descent in descents:
+            logits, values = answers(descent.model, x, y)
+            descent.step(loss(logits, values, targets))
 
 
 def on_labels(logits: Tensor, values: Tensor, _: Tensor) -> Tensor:

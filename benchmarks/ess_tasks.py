@@ -46,8 +46,9 @@ COMPARED = ("GLA", "WLA", "LA", "SA")
 RECALL = Path(__file__).parent / "results/ess_effects_recall.json"
 STATES = (4, 16)
 WIDTHS = (16, 64)  # of the keys of softmax attention
-ITEMS = (4, 8)
-STEPS = 250
+ITEMS = {"copying": (4, 8), "compression": (3, 4)}
+STEPS = {"copying": 250, "compression": 400}
+RATES = {"compression": 4e-3}  # learning rates that differ from those of recall
 LENGTH = 24  # of selective copying
 
 
@@ -60,12 +61,13 @@ def settings(seeds: int, quick: bool) -> list[Setting]:
             state=n,
             pairs=items,
             length=items + 1 if task == "compression" else LENGTH,
-            steps=2 if quick else STEPS,
+            steps=2 if quick else STEPS[task],
             seed=seed,
+            rate=RATES.get(task),
         )
         for seed in range(seeds)
         for task in TRAINED
-        for items in ITEMS
+        for items in ITEMS[task]
         for mixer in COMPARED
         for n in (WIDTHS if mixer == "SA" else STATES)
     ]
@@ -99,7 +101,7 @@ def blocks(runs: Sequence[Run]) -> Mapping[str, str]:
     header += ["Spearman, ESS/kv", "TSS/kv", "Pearson, ESS/kv", "TSS/kv"]
     means = averages(runs, "label", "state", "task", "pairs")
     cells = {(r["label"], r["state"], r["task"], r["pairs"]): r for r in means}
-    columns = [(task, items) for task in TRAINED for items in ITEMS]
+    columns = [(task, items) for task in TRAINED for items in ITEMS[task]]
     accuracies = []
     for label, n in dict.fromkeys((row["label"], row["state"]) for row in means):
         chosen = [cells[(label, n, *column)] for column in columns]

@@ -4,8 +4,12 @@ Hybrids of four layers learn multi-query associative recall. Three layers are ga
 (GLA), whose state is too small for all pairs, and one is softmax attention (SA): the first, the
 second, the third or the last. Parnichkun et al. 2025 (arXiv 2504.19561) find that the effective
 state-size (ESS) of the layers explains why attention is better not the first. Four layers of GLA
-are the control. All mixers have one head, no short convolution and no positions, so that a layer
-mixes neighboring tokens by its own memory alone.
+are the control.
+
+All mixers have one head. As in published hybrids, GLA has a short convolution, and attention has
+none. Attention has no positions either, so that it sees the neighbors of a token only through the
+layers before it. To tell this from other effects of the place, all hybrids are trained a second
+time behind a layer with a convolution, which shows every mixer the neighbors.
 
 Each batch contains new sequences, of between one pair and all pairs. Accuracy and ESS are measured
 on held-out sequences with all pairs. ESS is averaged over positions and sequences.
@@ -13,7 +17,7 @@ on held-out sequences with all pairs. ESS is averaged over positions and sequenc
     python benchmarks/hybrid_topology.py [--seeds N] [--runs FOLDER] [--quick]
 
 The result of every training is stored in the folder `--runs`. If the benchmark is interrupted, the
-same command continues it. `--document` writes the table of `docs/results/hybrid_topology.md`, and
+same command continues it. `--document` writes the tables of `docs/results/hybrid_topology.md`, and
 `--figures` the figure.
 """
 
@@ -21,7 +25,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -29,18 +33,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks._ess_trainings import Descent, answers, finish, spread
 from benchmarks._pages import fill_marks, table
 from benchmarks._report import write
-from gramian import effective_state_size, parameter_groups
+from gramian import effective_state_size
 from gramian.memory import Observer
 from gramian.mixers import Mixer
 from gramian.models import GramianConfig, GramianForCausalLM
 from gramian.reports import save_figure
-from gramian.tasks import IGNORED
 from gramian.tasks.mqar import MQAR
 
 if TYPE_CHECKING:
@@ -48,13 +53,16 @@ if TYPE_CHECKING:
 
 LAYERS = 4
 PLACES = (1, 2, 3, 4, None)  # of attention, from 1; None stands for no attention
-VOCABULARY = 64
+BEHIND = {False: "topology", True: "topology behind a convolution"}  # marks of the page
+STEPS = {False: 600, True: 300}  # recall is learned sooner behind a convolution
+VOCABULARY = 42
 WIDTH = 64
-STATE = 4
-PAIRS = 8
-LENGTH = 32
+INNER = 8  # width inside the MLPs: recall needs none, and large ones slow its learning
+STATE = 2
+PAIRS = 10
+LENGTH = 40
 BATCH = 32
-RATE = 3e-3
+RATE = 5e-3
 EVALUATED = 256  # sequences on which accuracy is measured
 MEASURED = 16  # sequences on which state-sizes are measured
 
@@ -66,12 +74,15 @@ class Setting:
     """The settings of one training."""
 
     place: int | None
+    convolution: bool
+    """Whether a layer with a convolution stands before the others."""
     steps: int
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.place or 'none'}-{self.steps}-{self.seed}"
+        place = f"{self.place or 'none'}{'-convolution' if self.convolution else ''}"
+        return f"{place}-{self.steps}-{self.seed}"
 
 
 def model_of(setting: Setting) -> GramianForCausalLM:
@@ -80,16 +91,18 @@ def model_of(setting: Setting) -> GramianForCausalLM:
     mixers = ["gated_linear_attention"] * LAYERS
     if setting.place is not None:
         mixers[setting.place - 1] = "softmax_attention"
+    if setting.convolution:
+        mixers.insert(0, "long_convolution")
     config = GramianConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=len(mixers),
         num_heads=1,
         mixers=mixers,
+        filter={"type": "rtf", "state_size": 4},
         attention={"rotary_base": None} if setting.place is not None else None,
         linear_recurrence={"state_size": STATE},
-        short_kernel=1,
-        intermediate_size=WIDTH,
+        intermediate_size=INNER,
         tie_word_embeddings=False,
         max_position_embeddings=LENGTH,
         initializer_range=WIDTH**-0.5,
@@ -110,32 +123,15 @@ def tokens(random: np.random.Generator, count: int, fewest: int) -> tuple[Tensor
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
-def answers(model: GramianForCausalLM, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logits and the labels at the positions that have a label."""
-    due = y != IGNORED
-    return model.lm_head(model.model(x).last_hidden_state[due]), y[due]
-
-
 def train(setting: Setting) -> Run:
     """Train a hybrid, and return its accuracy, its loss and the ESS of its layers."""
     began = time.process_time()
     model = model_of(setting)
     random = np.random.default_rng([setting.seed, 0])
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=RATE, weight_decay=0.01))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        [group["lr"] for group in optimizer.param_groups],
-        total_steps=setting.steps,
-        pct_start=0.1,
-        cycle_momentum=False,
-    )
+    descent = Descent(model, RATE, setting.steps)
     for _ in range(setting.steps):
-        loss = nn.functional.cross_entropy(*answers(model, *tokens(random, BATCH, 1)))
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        logits, values = answers(model, *tokens(random, BATCH, 1))
+        descent.step(nn.functional.cross_entropy(logits, values))
     held_out = tokens(np.random.default_rng([setting.seed, 1]), EVALUATED, PAIRS)
     with torch.no_grad():
         logits, values = answers(model, *held_out)
@@ -150,10 +146,11 @@ def train(setting: Setting) -> Run:
 
 @torch.no_grad()
 def state_sizes(model: GramianForCausalLM, x: Tensor) -> list[float]:
-    """Return the average ESS of every layer."""
+    """Return the average ESS of every layer, without that of a convolution before them."""
     observer = Observer(model, Mixer)
     model.model(x)
-    return [float(effective_state_size(system).mean()) for system in observer.operators()]
+    systems = list(observer.operators())[-LAYERS:]
+    return [float(effective_state_size(system).mean()) for system in systems]
 
 
 def sweep(chosen: Sequence[Setting], folder: Path) -> list[Run]:
@@ -174,60 +171,93 @@ def label(place: int | None) -> str:
     return "none" if place is None else f"layer {place}"
 
 
+def of_set(runs: Sequence[Run], convolution: bool) -> list[Run]:
+    return [run for run in runs if run["convolution"] == convolution]
+
+
+def correlations(runs: Sequence[Run]) -> dict[str, float]:
+    """Return the rank correlations (Spearman) of accuracy with state-sizes, over trainings.
+
+    "all" and "hybrids" are those with the total ESS of the layers, over all trainings and over
+    those with attention. "attention" and "recurrences" are, over those with attention, the
+    correlations with the ESS of attention and with the total ESS of the other layers.
+    """
+    hybrids = [run for run in runs if run["place"] is not None]
+    attention = [run["ess"][run["place"] - 1] for run in hybrids]
+    totals = [sum(run["ess"]) for run in hybrids]
+    sizes: dict[str, tuple[Sequence[Run], list[float]]] = {
+        "all": (runs, [sum(run["ess"]) for run in runs]),
+        "hybrids": (hybrids, totals),
+        "attention": (hybrids, attention),
+        "recurrences": (hybrids, [a - b for a, b in zip(totals, attention, strict=True)]),
+    }
+    return {
+        name: float(spearmanr([run["accuracy"] for run in some], size).statistic)
+        for name, (some, size) in sizes.items()
+    }
+
+
 def topology_table(runs: Sequence[Run]) -> str:
-    """Return the table of the page, with a row for each place of attention."""
+    """Return a table with a row for each place of attention, and the correlations below it."""
     rows = []
     for place in PLACES:
         some = [run for run in runs if run["place"] == place]
-        accuracy = [run["accuracy"] for run in some]
         sizes = [mean(run["ess"][layer] for run in some) for layer in range(LAYERS)]
         rows.append(
             [
                 label(place),
-                f"{mean(accuracy):.3f} ({min(accuracy):.3f} … {max(accuracy):.3f})",
+                spread([run["accuracy"] for run in some]),
                 f"{mean(run['loss'] for run in some):.2f}",
                 *(
                     f"**{size:.2f}**" if layer + 1 == place else f"{size:.2f}"
                     for layer, size in enumerate(sizes)
                 ),
+                f"{sum(sizes):.2f}",
             ]
         )
     head = ["attention", "accuracy", "loss", *(f"ESS, layer {n + 1}" for n in range(LAYERS))]
     seeds = len({run["seed"] for run in runs})
     about = f"{runs[0]['steps']} steps, {seeds} seed{'s' if seeds > 1 else ''}."
-    figure = (
-        "![Accuracy by the place of attention, and ESS of the layers]"
-        "(../figures/hybrid_topology.png)"
+    found = correlations(runs)
+    ranks = (
+        f"Rank correlations of accuracy with total ESS: {found['all']:.2f} over all "
+        f"{len(runs)} trainings, {found['hybrids']:.2f} over those with attention.\n"
+        f"Over those with attention, with the ESS of attention: {found['attention']:.2f}, and with "
+        f"the total ESS of GLA: {found['recurrences']:.2f}."
     )
-    return f"{about}\n\n{table(head, rows)}\n\n{figure}"
+    return f"{about}\n\n{table([*head, 'total'], rows)}\n\n{ranks}"
+
+
+def blocks(runs: Sequence[Run]) -> Mapping[str, str]:
+    """Make the tables of the page by the names of their marks."""
+    return {name: topology_table(of_set(runs, behind)) for behind, name in BEHIND.items()}
 
 
 def figure_of(runs: Sequence[Run]) -> "Figure":
-    """Draw accuracy by the place of attention, and the ESS of every layer."""
+    """Draw accuracy by the place of attention, and the ESS of every layer, a row for each set."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for index, place in enumerate(PLACES):
-        some = [run for run in runs if run["place"] == place]
-        color = "#777777" if place is None else f"C{index}"
-        left.plot([index] * len(some), [run["accuracy"] for run in some], "o", color=color, ms=5)
-        sizes = [mean(run["ess"][layer] for run in some) for layer in range(LAYERS)]
-        right.plot(range(1, LAYERS + 1), sizes, "o-", color=color, ms=4, label=label(place))
-        if place is not None:
-            right.plot([place], [sizes[place - 1]], "s", color=color, ms=8)
-    left.set_xticks(range(len(PLACES)), [label(place) for place in PLACES])
-    right.set_xticks(range(1, LAYERS + 1))
-    right.legend(fontsize=8, frameon=False, title="attention", title_fontsize=8)
-    for axes, title, x, y in (
-        (left, "Recall by the place of attention", "attention", "accuracy"),
-        (right, "ESS of the layers (attention as a square)", "layer", "average ESS"),
-    ):
-        axes.set_title(title, fontsize=10, loc="left")
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, alpha=0.25, linewidth=0.5)
+    figure = Figure(figsize=(9, 6.4), layout="constrained")
+    for behind, (left, right) in zip(BEHIND, figure.subplots(2, 2), strict=True):
+        for index, place in enumerate(PLACES):
+            some = [run for run in of_set(runs, behind) if run["place"] == place]
+            color = "#777777" if place is None else f"C{index}"
+            accuracy = [run["accuracy"] for run in some]
+            x = [index + 0.1 * (run["seed"] - (len(some) - 1) / 2) for run in some]
+            left.plot(x, accuracy, "o", color=color, ms=5)
+            sizes = [mean(run["ess"][layer] for run in some) for layer in range(LAYERS)]
+            right.plot(range(1, LAYERS + 1), sizes, "o-", color=color, ms=4, label=label(place))
+            if place is not None:
+                right.plot([place], [sizes[place - 1]], "s", color=color, ms=8)
+        left.axhline(1 / PAIRS, color="black", linewidth=1, linestyle=":")
+        left.set_ylim(0, 1.05)
+        left.set_xticks(range(len(PLACES)), [label(place) for place in PLACES])
+        right.set_xticks(range(1, LAYERS + 1))
+        name = "Behind a convolution" if behind else "Only GLA has convolutions"
+        finish(left, f"{name} (dotted: 1 / pairs)", "attention", "accuracy")
+        finish(right, f"{name} (squares: attention)", "layer", "average ESS")
+        if not behind:
+            right.legend(fontsize=8, frameon=False, title="attention", title_fontsize=8)
     return figure
 
 
@@ -235,29 +265,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs/hybrid_topology"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--document", type=Path, help="Page with marks for the table.")
+    parser.add_argument("--document", type=Path, help="Page with marks for the tables.")
     parser.add_argument("--figures", type=Path, help="Folder for the figure.")
     parser.add_argument("--quick", action="store_true", help="Train for two steps only.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    steps, seeds = (2, 1) if arguments.quick else (arguments.steps, arguments.seeds)
-    chosen = [Setting(place, steps, seed) for seed in range(seeds) for place in PLACES]
+    chosen = [
+        Setting(place, behind, 2 if arguments.quick else STEPS[behind], seed)
+        for seed in range(1 if arguments.quick else arguments.seeds)
+        for behind in BEHIND
+        for place in PLACES
+    ]
     runs = sweep(chosen, arguments.runs)
-    found = topology_table(runs)
-    print(found)
     if arguments.quick:
+        print(*(run["accuracy"] for run in runs))
         return
-    results = {"steps": steps, "seconds": sum(run["seconds"] for run in runs), "runs": runs}
+    found = blocks(runs)
+    print("\n\n".join(found.values()))
+    results = {
+        "seconds": sum(run["seconds"] for run in runs),
+        "correlations": {name: correlations(of_set(runs, key)) for key, name in BEHIND.items()},
+        "runs": runs,
+    }
     write(arguments.output / "hybrid_topology.json", results)
     if arguments.document is not None:
         page = arguments.document.read_text(encoding="utf-8")
-        filled = fill_marks(page, {"topology": found})
-        arguments.document.write_text(filled, encoding="utf-8")
+        arguments.document.write_text(fill_marks(page, found), encoding="utf-8")
     if arguments.figures is not None:
         save_figure(figure_of(runs), arguments.figures / "hybrid_topology.png")
 

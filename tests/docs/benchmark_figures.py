@@ -503,16 +503,22 @@ def _fall_and_loss(r: Results) -> str:
     return f"{ranks['recall']:.2f} and {ranks['perplexity']:.2f}"
 
 
-def _hybrids(place: int | None) -> Callable[[Results], str]:
+def _hybrids(place: int | None, behind: bool) -> Callable[[Results], str]:
+    """Accuracy of hybrids with attention at a place, behind a convolution or not."""
+
     def text(r: Results) -> str:
-        runs = [run for run in r["runs"] if run["place"] == place]
-        accuracy = spread((run["accuracy"] for run in runs), ".3f")
+        runs = _of(r, place=place, convolution=behind)
+        accuracy = spread((run["accuracy"] for run in runs), ".2f")
         if place is None:
             return accuracy
         sizes = spread((run["ess"][place - 1] for run in runs), ".1f")
         return f"{accuracy} (ESS of attention {sizes})"
 
-    return _once_measured(text)
+    return text
+
+
+def _hybrids_explained(mark: str) -> Callable[[Results], str]:
+    return lambda r: f"{r['correlations'][mark]['all']:.2f}"
 
 
 def _ranks(values: list[float]) -> list[float]:
@@ -611,6 +617,23 @@ def _average(results: Results, what: str, **chosen: Any) -> float:
 
 def _explained(task: str, size: str) -> Callable[[Results], str]:
     return lambda r: _recall(size)({"runs": _of(r, task=task)})
+
+
+def _explained_within(task: str, size: str) -> Callable[[Results], str]:
+    """Rank correlations over the trainings of each number of items."""
+
+    def text(r: Results) -> str:
+        runs = _of(r, task=task)
+        groups = [_of(r, task=task, pairs=n) for n in sorted({run["pairs"] for run in runs})]
+        found = [
+            _correlation(
+                _ranks([run[size] for run in some]), _ranks([run["accuracy"] for run in some])
+            )
+            for some in groups
+        ]
+        return " and ".join(f"{value:.2f}" for value in found)
+
+    return text
 
 
 def _accuracy(**chosen: Any) -> Callable[[Results], str]:
@@ -961,7 +984,13 @@ FIGURES: dict[str, list[Row]] = {
         (kept("state_modulation_twins"), _once_measured(_fall_and_loss)),
     ],
     "Attention's place in a hybrid": [
-        (kept("hybrid_topology"), _hybrids(place)) for place in (1, 2, 3, 4, None)
+        *(
+            ("hybrid_topology", _hybrids(place, behind))
+            for behind in (False, True)
+            for place in (1, 2, 3, 4, None)
+        ),
+        ("hybrid_topology", _hybrids_explained("topology")),
+        ("hybrid_topology", _hybrids_explained("topology behind a convolution")),
     ],
     "Memory and recall": [
         ("ess_effects_recall", _recall("ess")),
@@ -978,6 +1007,8 @@ FIGURES: dict[str, list[Row]] = {
         ("ess_tasks", _explained("copying", "tss")),
         ("ess_tasks", _explained("compression", "ess")),
         ("ess_tasks", _explained("compression", "tss")),
+        ("ess_tasks", _explained_within("compression", "ess")),
+        ("ess_tasks", _explained_within("compression", "tss")),
     ],
     "S6 and recall": [
         ("ess_s6", _accuracy(label="S6", layers=1, rate=3e-3)),

@@ -15,7 +15,7 @@ from benchmarks._coverage_page import fill, summary
 from benchmarks._pages import fill_marks
 from benchmarks._trained_filters_page import blocks as order_tables
 from gramian.tasks import IGNORED
-from tests.docs.benchmark_figures import FIGURES, kept, load, machine
+from tests.docs.benchmark_figures import FIGURES, load, machine
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/results/benchmarks.md").read_text(encoding="utf-8")
@@ -96,26 +96,49 @@ def test_the_page_on_planning_has_the_tables_of_the_results() -> None:
         assert table in page
 
 
-@pytest.mark.parametrize(
-    ("file", "marks"),
-    [
-        ("state_modulation", ("modulation", "perplexities", "correlations")),
-        ("hybrid_topology", ("topology",)),
-    ],
-)
-def test_pages_with_marks_have_the_tables_of_the_results(file: str, marks: tuple[str, ...]) -> None:
+def test_the_page_on_modulation_has_the_tables_of_the_results() -> None:
     pytest.importorskip("transformers")
-    from benchmarks import hybrid_topology, state_modulation
+    from benchmarks import state_modulation
 
-    found = kept("state_modulation_twins" if file == "state_modulation" else file)
-    blocks = dict.fromkeys(marks, "Not measured yet.")
-    if found and file == "state_modulation":
-        blocks = state_modulation.tables(load(found))
-        assert load(found)["correlations"] == state_modulation.correlations(load(found)["runs"])
-    elif found:
-        blocks = {"topology": hybrid_topology.topology_table(load(found)["runs"])}
-    page = (ROOT / f"docs/results/{file}.md").read_text(encoding="utf-8")
-    assert fill_marks(page, blocks) == page
+    found = load("state_modulation_twins")
+    assert found["correlations"] == state_modulation.correlations(found["runs"])
+    page = (ROOT / "docs/results/state_modulation.md").read_text(encoding="utf-8")
+    assert fill_marks(page, state_modulation.tables(found)) == page
+
+
+def test_the_page_on_hybrids_has_the_tables_of_the_results() -> None:
+    pytest.importorskip("transformers")
+    from benchmarks import hybrid_topology
+
+    found = load("hybrid_topology")
+    page = (ROOT / "docs/results/hybrid_topology.md").read_text(encoding="utf-8")
+    assert fill_marks(page, hybrid_topology.blocks(found["runs"])) == page
+    for behind, mark in hybrid_topology.BEHIND.items():
+        runs = hybrid_topology.of_set(found["runs"], behind)
+        assert found["correlations"][mark] == hybrid_topology.correlations(runs)
+
+
+@pytest.mark.parametrize("place", [1, 3, None])
+@pytest.mark.parametrize("behind", [False, True])
+def test_hybrids_have_attention_at_its_place_and_a_size_for_each_layer(
+    place: int | None, behind: bool
+) -> None:
+    pytest.importorskip("transformers")
+    from benchmarks import hybrid_topology as hybrids
+    from gramian.mixers import LongConvolution, SoftmaxAttention
+
+    model = hybrids.model_of(hybrids.Setting(place, behind, 0, 0))
+    mixers = [layer.mixer for layer in model.model.layers]
+    assert [isinstance(mixer, LongConvolution) for mixer in mixers[:-4]] == [True] * behind
+    attention = [isinstance(mixer, SoftmaxAttention) for mixer in mixers[-4:]]
+    assert attention == [number == place for number in (1, 2, 3, 4)]
+    x, y = hybrids.tokens(np.random.default_rng(0), 2, hybrids.PAIRS)
+    assert ((y != IGNORED).sum(1) == hybrids.PAIRS).all()
+    sizes = hybrids.state_sizes(model, x)
+    assert len(sizes) == hybrids.LAYERS
+    recurrent = [size for size, one in zip(sizes, attention, strict=True) if not one]
+    assert max(recurrent) <= hybrids.STATE
+    assert all(size > hybrids.STATE for size, one in zip(sizes, attention, strict=True) if one)
 
 
 @pytest.mark.parametrize("name", ["ess_tasks", "ess_s6", "ess_collapse"])
@@ -138,8 +161,8 @@ def test_small_trainings_draw_as_many_answers_as_there_are_items(task: str, pair
     assert ((y != IGNORED).sum(1) == pairs).all()
     x, y = tokens(setting, np.random.default_rng(0), 64, 1)
     counts = (y != IGNORED).sum(1)
-    assert counts.min() >= 1
-    assert counts.max() <= pairs
+    assert counts.min() == (pairs if task == "compression" else 1)
+    assert counts.max() == pairs
 
 
 def test_the_page_on_distillation_has_the_tables_of_the_results() -> None:
