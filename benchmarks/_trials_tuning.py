@@ -155,18 +155,14 @@ def graph(models: Models) -> str:
 
 @trial("torch.compile", "a model for every batch and length, with padding", needs=("torch",))
 def compiled(models: Models) -> str:
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    errors, graphs = [], CompileCounterWithBackend("inductor")
-    for name in ("original", "distilled"):
-        model = models.load(name)
-        fast = torch.compile(model, backend=graphs, dynamic=True, fullgraph=True)
-        for batch, length in ((2, 12), (3, 200), (2, 512), (1, 1024)):
-            ids, mask = _padded(batch, length)
-            found = _logits(fast, ids, attention_mask=mask)[mask == 1]
-            errors.append(compare(found, _logits(model, ids, attention_mask=mask)[mask == 1]))
-    count = graphs.frame_count // 2
-    return f"Relative differences of logits at 4 sizes: at most {max(errors):.0e}; graphs: {count}."
+    model = models.load("distilled")
+    fast = torch.compile(model, dynamic=True, fullgraph=True)
+    errors = []
+    for batch, length in ((2, 12), (3, 200), (2, 512)):
+        ids, mask = _padded(batch, length)
+        found = _logits(fast, ids, attention_mask=mask)[mask == 1]
+        errors.append(compare(found, _logits(model, ids, attention_mask=mask)[mask == 1]))
+    return f"Relative differences of logits at 3 sizes: at most {max(errors):.0e}."
 
 
 @trial("torch.compile", "a training step, with padding and labels", needs=("torch",))
