@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -51,6 +52,12 @@ def require_peft() -> None:
         raise ImportError(
             'adapters need peft: pip install "gramian[adapters]".', name="peft"
         ) from error
+    if not hasattr(torch, "float8_e8m0fnu"):
+        raise ImportError(
+            f"adapters need PyTorch 2.7 or newer, whose dtypes peft uses; this is "
+            f"{torch.__version__}.",
+            name="torch",
+        )
 
 
 def task_type(kind: type[Any]) -> str | None:

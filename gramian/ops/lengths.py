@@ -29,9 +29,9 @@ def fft_length(length: int, taps: int) -> int:
 def is_symbol(length: int) -> bool:
     """Return whether a length is a symbol in a graph that is traced for every length."""
     if torch.compiler.is_dynamo_compiling():  # there, a symbol is taken for an int
-        from torch.fx.experimental.symbolic_shapes import has_static_value
-
-        return not has_static_value(length)
+        shapes = torch.fx.experimental.symbolic_shapes
+        known = hasattr(shapes, "has_static_value")  # not with PyTorch 2.6
+        return known and not shapes.has_static_value(length)
     return isinstance(length, torch.SymInt)
 
 

@@ -65,6 +65,7 @@ from gramian.training.starting import (
     adapt,
     base_of,
     check_adapter,
+    check_compiling,
     load_saved,
     name_labels,
     saved_names,
@@ -356,6 +357,7 @@ def _tokenizer_in(path: str | None) -> Any:
 def _model(config: TrainingConfig, description: Description) -> Any:
     """Make or load the model to train, which is a `PeftModel` if an adapter is trained."""
     check_adapter(config)
+    check_compiling(config)
     kind = find_kind(description.kind)
     model_class: type[PreTrainedModel] = kind.model_class()
     values = dict(config.model)

@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.torch_version import TorchVersion
+
 from gramian._nearest import unknown
 from gramian.models import GramianConfig, GramianForCausalLM, load_any
 from gramian.models.adapters import (
@@ -176,6 +179,18 @@ def name_labels(model: Any, names: list[str]) -> None:
     if len(names) == config.num_labels and label_names(config) is None:
         config.id2label = dict(enumerate(names))
         config.label2id = {name: number for number, name in enumerate(names)}
+
+
+def check_compiling(config: TrainingConfig) -> None:
+    """Check that this PyTorch can compile whole models, if `hardware.compile` is set.
+
+    Raises:
+        ConfigError: if PyTorch is older than 2.9.
+    """
+    if config.hardware.compile and TorchVersion(torch.__version__) < "2.9":
+        raise ConfigError(
+            f"hardware.compile needs PyTorch 2.9 or newer; this is {torch.__version__}."
+        )
 
 
 def check_adapter(config: TrainingConfig) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
@@ -122,6 +123,7 @@ def test_parts_of_a_batch_add_up_to_its_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.9"), reason="needs PyTorch 2.9")
 def test_losses_on_memory_are_the_same_in_compiled_training(tmp_path: Path) -> None:
     losses = {"gates": 1.0, "ess": {"weight": 0.1, "share": 0.5}}
     found = []

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
@@ -15,7 +16,7 @@ pytest.importorskip("yaml")
 
 from gramian.models import load
 from gramian.tasks import build
-from gramian.training import parse_config, train
+from gramian.training import ConfigError, parse_config, train
 from gramian.training.recording import read_lines
 
 TASK = {"vocab_size": 32, "length": 16, "pairs": 2, "train_examples": 48, "eval_examples": 20}
@@ -58,7 +59,16 @@ def test_mixed_precision_stays_close_and_keeps_weights_single(tmp_path: Path) ->
     assert {weight.dtype for weight in weights} == {torch.float32}
 
 
+def test_compiling_is_refused_with_an_old_pytorch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.8.1+cpu")
+    with pytest.raises(ConfigError, match=r"needs PyTorch 2\.9 or newer; this is 2\.8\.1"):
+        run(tmp_path / "compiled", hardware={"compile": True})
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.9"), reason="needs PyTorch 2.9")
 def test_compiled_training_gives_the_same_losses(tmp_path: Path) -> None:
     run(tmp_path / "plain")
     run(tmp_path / "compiled", hardware={"compile": True})
