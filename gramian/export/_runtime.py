@@ -160,11 +160,15 @@ class _Exported:
                 f"the programs of this {self.description['kind']} take no mask: give sequences of "
                 "one length."
             )
-        array = np.asarray(mask)
-        if array.shape != shape or not np.isin(array, (0, 1)).all():
+        name = self._mask["name"]
+        array = _array(name, mask)
+        wrong = array[~np.isin(array, (0, 1))]
+        if array.shape != shape or wrong.size:
+            found = f"{array.dtype} {array.shape}"
+            if array.shape == shape:
+                found += f" with the value {wrong[0]}"
             raise ValueError(
-                f"{self._mask['name']} must be {shape} of ones for tokens and zeros for padding; "
-                f"got {array.dtype} {array.shape}."
+                f"{name} must be {shape} of ones for tokens and zeros for padding; got {found}."
             )
         return array.astype(bool)
 
@@ -296,7 +300,7 @@ class ExportedModel(_Exported):
             ValueError: if the ids have another shape or dtype; if an id is outside of the
                 vocabulary; if the state has another batch size; or if attention has no room.
         """
-        ids = np.asarray(tokens)
+        ids = _array("tokens", tokens)
         ids = self._checked(ids[:, None] if ids.ndim == 1 else ids)
         if ids.shape[1] != 1:
             raise ValueError(f"a step takes one token a sequence; got {ids.shape[1]}.")
@@ -355,16 +359,30 @@ class ExportedModel(_Exported):
             logits, state = self.step(tokens, state)
 
     def _checked(self, input_ids: Any) -> np.ndarray:
-        ids = np.asarray(input_ids)
+        ids = _array("input_ids", input_ids)
         if ids.ndim != 2 or ids.shape[1] == 0 or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(
                 "token ids are integers (batch, length) with a length of at least 1; got "
                 f"{ids.dtype} {ids.shape}."
             )
         vocabulary = self.description["vocab_size"]
-        if len(ids) and (ids.min() < 0 or ids.max() >= vocabulary):
-            raise ValueError(f"token ids must lie in 0 … {vocabulary - 1}.")
+        outside = ids[(ids < 0) | (ids >= vocabulary)]
+        if outside.size:
+            raise ValueError(
+                f"token ids must lie in 0 … {vocabulary - 1}, also at padding; got {outside[0]}."
+            )
         return ids.astype(np.int64)
+
+
+def _array(name: str, rows: Any) -> np.ndarray:
+    """Return rows of one length as an array."""
+    try:
+        return np.asarray(rows)
+    except ValueError as error:  # numpy makes no array of rows of several lengths
+        raise ValueError(
+            f"{name} must have rows of one length; got rows of several lengths. Pad the shorter "
+            "rows under a mask."
+        ) from error
 
 
 class ExportedRecurrence(_Exported):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian._checks import check_integers
 from gramian._modules import in_mode
 from gramian.analysis import RecordedOperator, record_operators, window_maps
 from gramian.ess import effective_state_size, realization_errors
@@ -102,6 +103,7 @@ def plan_hybrid(
     orders = tuple(orders)
     criterion = kind_of(kind).criterion if criterion is None else criterion
     _check(model, window, sinks, orders, length, sequences, fit_sequences, fit_steps)
+    check_integers(int(kind_of(kind).fitted), state=state)  # a recurrence has a state to fit
     check_choice(replace, by, criterion, orders, state)
     if replace == 0:
         raise ValueError("replace must be at least 1 layer or group of heads; got 0.")
@@ -403,13 +405,9 @@ def _check(
             "plan_hybrid takes a causal language model of Gramian or transformers; got an object "
             f"of type {type(model).__name__}."
         )
-    window_maps(torch.eye(1), window, sinks)  # raises its errors before the model runs
-    realization_errors(torch.eye(1), orders)
-    for name, value, least in (
-        ("length", length, 2),
-        ("sequences", sequences, 1),
-        ("fit_sequences", fit_sequences, 2),
-        ("fit_steps", fit_steps, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}; got {value}.")
+    for order in orders:
+        check_integers(0, orders=order)
+    realization_errors(torch.eye(1), orders)  # raises its errors before the model runs
+    check_integers(0, sinks=sinks, fit_steps=fit_steps)
+    check_integers(1, window=window, sequences=sequences)
+    check_integers(2, length=length, fit_sequences=fit_sequences)

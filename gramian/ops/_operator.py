@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch._functorch.utils import enable_single_level_autograd_function
 
 from gramian.ops.derivatives import forward_mode_is_on, is_differentiated
@@ -24,6 +25,7 @@ __all__ = [
     "batch_first",
     "differentiable",
     "operator",
+    "recorded_inside_transforms",
     "recording",
     "total",
 ]
@@ -44,6 +46,13 @@ def recording() -> Iterator[None]:
     """Record operations for derivatives in the implementation of an operator, below autograd."""
     autograd = torch._C.DispatchKey.AutogradFunctionality  # noqa: SLF001 (no public name)
     with torch._C._SetExcludeDispatchKeyGuard(autograd, False), torch.enable_grad():  # noqa: SLF001
+        yield
+
+
+@contextmanager
+def recorded_inside_transforms() -> Iterator[None]:
+    """Let `requires_grad_` begin a graph of its own in a forward mode of `torch.func` too."""
+    with enable_inplace_requires_grad(True):
         yield
 
 

@@ -6,14 +6,14 @@ any length cannot contain them. The operator hides them, in the forward and in t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from gramian.ops._operator import differentiable, operator, recording
+from gramian.ops._operator import differentiable, operator, recorded_inside_transforms, recording
 from gramian.ops.derivatives import records_derivatives
 from gramian.ops.scan import Diagonal, DiagonalPlusLowRank, Transition, run_blocks
 
@@ -183,16 +183,8 @@ def _gradients(ctx: Any, of_outputs: Tensor, of_end: Tensor) -> tuple[Tensor | N
     if not records_derivatives():
         found = _backward(*inputs, of_outputs, of_end)
         return tuple(g if x is not None else None for x, g in zip(inputs, found, strict=True))
-    with torch.enable_grad():
-        given = [None if x is None else x.view_as(x) for x in inputs]
-        given = [x if x is None or x.requires_grad else x.requires_grad_() for x in given]
-        outputs = _run(*given)
-        chosen = [x for x in given if x is not None]
-        pieces = iter(
-            torch.autograd.grad(
-                outputs, chosen, (of_outputs, of_end), create_graph=True, materialize_grads=True
-            )
-        )
+    run, given = _of_some(inputs, inputs)
+    pieces = iter(torch.func.vjp(run, *given)[1]((of_outputs, of_end)))
     return tuple(None if x is None else next(pieces) for x in inputs)
 
 
@@ -200,24 +192,34 @@ def _tangents(
     inputs: Sequence[Tensor | None], tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """Return the tangents of the outputs: the derivative, by its cotangents, of the gradients."""
-    with torch.enable_grad():
-        given = [None if x is None else x.view_as(x) for x in inputs]
-        given = [x if x is None or x.requires_grad else x.requires_grad_() for x in given]
-        outputs = _run(*given)
-        moved = [
-            (x, t) for x, t in zip(given, tangents, strict=True) if x is not None and t is not None
-        ]
-        weights = [torch.zeros_like(y, requires_grad=True) for y in outputs]
+    run, given = _of_some(inputs, tangents)
+    with torch.enable_grad(), recorded_inside_transforms():
+        given = [x.view_as(x) for x in given]
+        given = [x if x.requires_grad else x.requires_grad_() for x in given]
+        outputs = run(*given)
+        weights = [torch.zeros_like(y).requires_grad_() for y in outputs]
         gradients = torch.autograd.grad(
-            outputs, [x for x, _ in moved], weights, create_graph=True, materialize_grads=True
+            outputs, given, weights, create_graph=True, materialize_grads=True
         )
+        moved = [x for x in tangents if x is not None]
         return torch.autograd.grad(
-            gradients,
-            weights,
-            [t for _, t in moved],
-            create_graph=True,
-            materialize_grads=True,
+            gradients, weights, moved, create_graph=True, materialize_grads=True
         )
+
+
+def _of_some(
+    inputs: Sequence[Tensor | None], chosen: Sequence[Tensor | None]
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], list[Tensor]]:
+    """Return `_run` as a function of the inputs at whose places others are chosen, and these."""
+    places = [i for i, one in enumerate(chosen) if one is not None]
+
+    def run(*given: Tensor) -> tuple[Tensor, Tensor]:
+        arguments = list(inputs)
+        for i, one in zip(places, given, strict=True):
+            arguments[i] = one
+        return _run(*arguments)
+
+    return run, [x for i, x in enumerate(inputs) if i in places and x is not None]
 
 
 differentiable(run_opaquely, setup=_setup, backward=_gradients, jvp=_tangents)

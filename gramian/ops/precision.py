@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -30,8 +30,16 @@ def full_precision() -> Iterator[None]:
     Use it as a context manager, or as a decorator of functions that decide on orders, bounds or
     ranks.
     """
-    with contextlib.ExitStack() as stack:
-        for device in _DEVICES:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+    enabled = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+    with _without_autocast(enabled):
+        yield
+
+
+@contextlib.contextmanager
+def _without_autocast(devices: Sequence[str]) -> Iterator[None]:
+    """Disable autocast on some devices by nested blocks, because Dynamo traces no `ExitStack`."""
+    if not devices:
+        yield
+        return
+    with torch.autocast(devices[0], enabled=False), _without_autocast(devices[1:]):
         yield

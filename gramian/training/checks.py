@@ -57,9 +57,9 @@ def check_teacher(section: Teacher) -> None:
     """Check the section `teacher`."""
     if not 0 <= section.weight <= 1:
         raise ConfigError(f"teacher.weight must lie from 0 to 1; got {section.weight}.")
-    if not 0 < section.temperature < float("inf"):
+    if not 0.01 <= section.temperature <= 100:  # beyond, the divergence is lost in rounding errors
         raise ConfigError(
-            f"teacher.temperature must be above 0 and finite; got {section.temperature}."
+            f"teacher.temperature must lie from 0.01 to 100; got {section.temperature}."
         )
 
 

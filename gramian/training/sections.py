@@ -109,7 +109,8 @@ class Teacher:
         1.0,
     )
     temperature: float = setting(
-        "temperature T of the distributions of both models, above 0; for classes only.", 1.0
+        "temperature T of the distributions of both models, from 0.01 to 100; for classes only.",
+        1.0,
     )
 
 

@@ -205,6 +205,14 @@ def test_masks_that_cannot_be_meant_are_refused(exported: Path) -> None:
     for wrong in (mask[:2], mask[0], mask * 2, mask - 1.5):
         with pytest.raises(ValueError, match=r"attention_mask must be \(4, 5\) of ones for tokens"):
             run.prefill(ids, attention_mask=wrong)
+    with pytest.raises(ValueError, match=r"int64 \(4, 5\) with the value 2"):
+        run.prefill(ids, attention_mask=mask * 2)
+    with pytest.raises(ValueError, match="attention_mask must have rows of one length"):
+        run.prefill(ids, attention_mask=[[1, 1], [1]])
+    with pytest.raises(ValueError, match="input_ids must have rows of one length"):
+        run.prefill([[1, 2], [3]])
+    with pytest.raises(ValueError, match="also at padding; got -100"):
+        run.prefill([[-100, 2]], attention_mask=[[0, 1]])
     mask[2] = 0
     with pytest.raises(ValueError, match="row 2 of attention_mask has no token"):
         run.prefill(ids, attention_mask=mask)

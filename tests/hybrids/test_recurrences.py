@@ -322,11 +322,14 @@ def test_what_cannot_have_a_recurrence_is_left_or_refused() -> None:
         plan_of(sliding)
     model = make("llama")
     for changes, message in (
-        ({"fit_sequences": 1}, "fit_sequences must be at least 2; got 1"),
-        ({"fit_steps": -1}, "fit_steps must be at least 0; got -1"),
+        ({"fit_sequences": 1}, "fit_sequences must be an integer of at least 2; got 1"),
+        ({"fit_steps": -1}, "fit_steps must be an integer of at least 0; got -1"),
         ({"kind": "recurrent"}, "unknown kind of replacement 'recurrent'"),
         ({"kind": "window", "criterion": "recurrence"}, 'needs kind="recurrence"'),
         ({"replace": 0}, "replace must be at least 1 layer or group of heads; got 0"),
+        ({"state": 0, "orders": (0,)}, "state must be an integer of at least 1; got 0"),
+        ({"state": True}, "state must be an integer of at least 1; got True"),
+        ({"orders": (1.5, 3)}, "orders must be an integer of at least 0; got 1.5"),
         ({"state": 900, "orders": (900,)}, "900 states need at least as many tokens beyond the"),
         ({"length": 300, "window": 40}, "the text gives only one"),
     ):

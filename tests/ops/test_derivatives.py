@@ -12,6 +12,7 @@ from gramian.ops.diagonal_scan import apply_diagonal, diagonal_scan
 from gramian.ops.feedback import feedback_kernel
 from gramian.ops.krylov import krylov_product, krylov_sum
 from gramian.ops.online import OnlineConvolution
+from gramian.ops.opaque_recurrence import run_opaquely
 from gramian.ops.packed import Linear, Packing, can_pack
 from gramian.ops.polynomial import (
     evaluate_on_roots_of_unity,
@@ -142,6 +143,14 @@ CASES = {  # what the function is not linear in comes last
     ),
     "step up": lambda: (step_up, real(2, 3, scale=0.3)),
     "step down": lambda: (step_down, real(2, 3, scale=0.1)),
+    "opaque recurrence": lambda: (
+        lambda A, B, C, D, p, q, u, x: run_opaquely(A, B, C, D, p, q, u, x),
+        *(real(1, 1, 3, 2, scale=0.5) for _ in range(3)),
+        real(1, 1, 3),
+        *(real(1, 1, 3, 2, scale=0.5) for _ in range(2)),
+        real(1, 1, 3, 1),
+        real(1, 1, 2, 1),
+    ),
     "time-varying, diagonal": lambda: (
         lambda A, B, C, D, u: TimeVarying(A, B, C, D)(u),
         *(real(1, 5, 2, scale=0.5) for _ in range(3)),

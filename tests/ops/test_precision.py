@@ -181,6 +181,19 @@ def test_it_is_left_again():
         assert torch.is_autocast_enabled("cpu")
 
 
+def test_it_is_traced_into_one_graph() -> None:
+    x = torch.randn(2, 2)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        with full_precision():
+            return x @ x
+
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = torch.compile(product, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), product(x), rtol=0, atol=0)
+    torch.compiler.reset()
+
+
 @full_precision()
 def raised() -> None:
     assert not torch.is_autocast_enabled("cpu")

@@ -162,7 +162,8 @@ def test_small_model_learns_from_another_architecture(run: Run, tmp_path: Path) 
     ("kind", "other", "changes", "message"),
     [
         ("tokens", "tokens", {"weight": 1.5}, "teacher.weight must lie from 0 to 1"),
-        ("tokens", "tokens", {"temperature": 0.0}, "teacher.temperature must be above 0"),
+        ("tokens", "tokens", {"temperature": 0.0}, "teacher.temperature must lie from 0.01 to 100"),
+        ("tokens", "tokens", {"temperature": 1e9}, "teacher.temperature must lie from 0.01 to 100"),
         ("signal", "signal", {"temperature": 2.0}, "numbers for labels"),
         ("tokens", "classification", {}, "must hold a GramianForCausalLM"),
         ("classification", "tokens", {}, "must hold a GramianForSequenceClassification"),
