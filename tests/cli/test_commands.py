@@ -233,7 +233,10 @@ def test_greedy_text_is_the_models_own(
     assert capfd.readouterr().out == f"abc{expected}\n"
 
 
-@pytest.mark.parametrize("options", ["--stream", "--prefill-chunk 2", "--compile --stream"])
+@pytest.mark.parametrize(
+    "options",
+    ["--stream", "--prefill-chunk 2", pytest.param("--compile --stream", marks=pytest.mark.slow)],
+)
 def test_ways_of_generating_write_the_same_text(workplace: Path, call: Call, options: str) -> None:
     """The model's filters are long, so --compile packs its projections and compiles nothing."""
     command = "generate model --prompt abcdefg --max-new-tokens 20 --seed 5"

@@ -58,6 +58,7 @@ def call(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ended.value.code == 0, line
 
 
+@pytest.mark.slow
 def test_the_guide_runs(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

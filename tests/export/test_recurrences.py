@@ -128,6 +128,7 @@ def test_a_run_takes_what_was_exported(tmp_path: Path) -> None:
         run.step(np.zeros((1, 3)), run.initial_state())
 
 
+@pytest.mark.slow
 def test_the_example_streams(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

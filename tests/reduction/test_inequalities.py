@@ -152,7 +152,11 @@ def test_hankel_errors_of_exact_reductions_are_rounding_errors(families):
     assert bool((reduction.hankel_error <= 1e-8 * kernel.norm(dim=-1))[ended].all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64],
+    ids=["float32", "float64"],
+)
 @pytest.mark.parametrize(
     ("length", "last"),
     [

@@ -299,6 +299,7 @@ def qwen3_next() -> Qwen3NextForCausalLM:
     return Qwen3NextForCausalLM(config).eval()
 
 
+@pytest.mark.slow
 def test_transformers_alone_loads_runs_and_saves_the_result(tmp_path: Path) -> None:
     ids = windows(2, 23)
     torch.save(ids, tmp_path / "ids.pt")
