@@ -20,7 +20,6 @@ from gramian.ops.scan import Diagonal, DiagonalPlusLowRank, Transition, run_bloc
 __all__ = ["run_opaquely"]
 
 _ELEMENTS = 2**24  # coefficients (batch, heads, steps, n) that are joined to blocks at once
-_TIMED = 7  # the first arguments have one value for each step; the last one is the memory
 
 
 @operator("linear_recurrence")
@@ -61,20 +60,12 @@ def run_opaquely(
 
 
 @register_fake(run_opaquely)
-def _run_opaquely_fake(
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    p: Tensor | None,
-    q: Tensor | None,
-    values: Tensor,
-    memory: Tensor,
-) -> tuple[Tensor, Tensor]:
-    like = torch.contiguous_format
-    return torch.empty_like(values, memory_format=like), torch.empty_like(
-        memory, memory_format=like
-    )
+def _run_opaquely_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(_contiguous_like(x) for x in arguments[-2:])  # like the values and the memory
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _run(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -153,22 +144,9 @@ def _backward(
 
 
 @register_fake(_backward)
-def _backward_fake(
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    p: Tensor | None,
-    q: Tensor | None,
-    values: Tensor,
-    memory: Tensor,
-    of_outputs: Tensor,
-    of_end: Tensor,
-) -> tuple[Tensor, ...]:
-    return tuple(
-        A.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in (A, B, C, D, p, q, values, memory)
-    )
+def _backward_fake(A: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    inputs = A, *others[:-2]  # without the gradients of the outputs and of the last state
+    return tuple(A.new_empty(0) if x is None else _contiguous_like(x) for x in inputs)
 
 
 differentiable(_backward)
